@@ -1,0 +1,359 @@
+"""Qwen3 in plain PyTorch: the model, its KV cache, and checkpoints from a folder or the Hub.
+
+`forward` returns hidden states, and the vocabulary head is a call of its own: ARCA's base pass
+compares hidden states and never needs the head. Nothing is left-padded: rows are right-padded, each
+with its own length, and causal attention never looks right. By two flags the same code runs Qwen2.5
+(bias on q, k, v; no q/k norm) and Llama-style models (neither). Names are Hugging Face's.
+
+Shapes, here and in every file: B rows, P prompts, G samples a prompt, T tokens, S cached tokens,
+D hidden, V vocabulary, H heads, K head_dim.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer as TokenizerFile
+
+INDEX = "model.safetensors.index.json"  # which file of a sharded checkpoint holds what
+HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "model*.safetensors", INDEX]
+# model_type: (bias on q, k, v; norm on q, k)
+FAMILIES = {"qwen3": (False, True), "qwen2": (True, False), "llama": (False, False)}
+
+
+class UserError(Exception):
+    """What the user gave cannot be used. The message is one line: what is wrong and what to do."""
+
+
+def run_cli(main):
+    """Run a command line. A UserError, or too little memory, ends it in one line, exit code 2."""
+    try:
+        return main()
+    except (UserError, MemoryError, RuntimeError) as error:
+        line = " ".join(str(error).split())
+        if type(error) is RuntimeError and "memory" not in line:  # torch's word for no memory
+            raise
+        if not isinstance(error, UserError):
+            line = "out of memory: lower --micro-tokens, --samples, --prompts, --max-new-tokens"
+    print("error:", line, file=sys.stderr)
+    sys.exit(2)
+
+
+# ---- The model -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """The fields of config.json that the computation depends on, and two flags for the family."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "Config":
+        """From a parsed config.json. UserError, by name, on all that we would compute wrongly."""
+        family, heads = raw.get("model_type"), raw.get("num_attention_heads") or 1
+        if family not in FAMILIES:
+            raise UserError(f"model_type {family!r} is not supported: use {', '.join(FAMILIES)}")
+        bias, norm = FAMILIES[family]
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, 4
+        layers, act = raw.get("layer_types") or (), raw.get("hidden_act", "silu")
+        refused = {
+            "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
+            "a sliding window": raw.get("use_sliding_window") or "sliding_attention" in layers,
+            "attention_bias": raw.get("attention_bias") and not bias,
+            f"hidden_act {act}": act != "silu",
+        }
+        if asks := [what for what, present in refused.items() if present]:
+            raise UserError(f"config.json asks for {asks[0]}, which is not supported")
+        c = {f.name: raw.get(f.name) for f in fields(cls)} | dict(qkv_bias=bias, qk_norm=norm)
+        c["rope_theta"] = rope.get("rope_theta") or c["rope_theta"]
+        c["tie_word_embeddings"] = bool(c["tie_word_embeddings"])
+        c["num_key_value_heads"] = c["num_key_value_heads"] or heads
+        if c["head_dim"] is None and c["hidden_size"]:
+            c["head_dim"] = 128 if family == "qwen3" else c["hidden_size"] // heads
+        if absent := [name for name, value in c.items() if value is None]:
+            raise UserError(f"config.json has no {absent[0]}: is it a {family} checkpoint's?")
+        if heads % c["num_key_value_heads"] or c["head_dim"] % 2:
+            raise UserError("config.json: key-value heads must divide heads, head_dim must be even")
+        return cls(**c)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; the statistics are fp32 whatever the dtype."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary(positions, head_dim, theta, dtype):
+    """Cosines and sines of rotary embedding (arXiv 2104.09864, eq. 34) at positions (B, T)."""
+    pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angle = positions[:, None, :, None].float() * theta ** (-pair / head_dim)  # (B, 1, T, K/2)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, rope):
+    """Turn x (B, H, T, K) by its position. Coordinate i pairs with i + K/2, as in HF's weights."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped queries: H query heads share H_kv heads of keys and values."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim = c.head_dim
+        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q_size, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x, rope, cache, layer):
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # (B, H, T, K)
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # (B, H_kv, T, K)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        q, k, mask = rotate(q, rope), rotate(k, rope), None
+        if cache is not None:
+            k, v, mask = cache.append(layer, k, v)  # (B, H_kv, S, K), mask (B, 1, T, S) or None
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x, rope, cache, layer):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen3(nn.Module):
+    """A decoder-only transformer (Qwen3 technical report, arXiv 2505.09388, section 2)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = c = config
+        self.model = nn.ModuleDict()
+        self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.model.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.model.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    def forward(self, ids, cache=None):
+        """ids (B, T), right-padded -> states after the final norm (B, T, D), in fp32.
+
+        With a cache, row b's tokens stand at positions cache.lengths[b], ... and are added to it.
+        """
+        x = self.model.embed_tokens(ids)  # (B, T, D)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+        if cache is not None:
+            positions = cache.start(ids.shape[1])  # (B, T)
+        rope = rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, rope, cache, layer)
+        # A small ARCA residual would drown in one more rounding to bf16: the last norm stays fp32.
+        return self.model.norm(x.float())
+
+    def logits(self, hidden):
+        """hidden (..., D) -> logits (..., V), in the dtype of the weights."""
+        return self.lm_head(hidden.to(self.lm_head.weight.dtype))
+
+
+class KVCache:
+    """Keys and values of all layers, preallocated, with a length for each row.
+
+    Prompts of unequal length go in right-padded. Setting `lengths` to the true ones afterwards
+    makes the next tokens overwrite the padding before anything can read it.
+    """
+
+    def __init__(self, c: Config, rows, capacity, device, dtype):
+        shape = (c.num_hidden_layers, rows, c.num_key_value_heads, capacity, c.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(rows, device=device, dtype=torch.long)  # (B,) tokens held
+        self.filled = 0  # no row is longer than this; columns from here on are never read
+
+    def start(self, T):
+        """Make room for T more tokens in every row; returns their positions (B, T)."""
+        device, fresh = self.lengths.device, self.filled == 0
+        self.rows = torch.arange(len(self.lengths), device=device)[:, None]  # (B, 1)
+        self.positions = self.lengths[:, None] + torch.arange(T, device=device)
+        self.lengths, self.filled = self.lengths + T, self.filled + T
+        # A token sees the columns up to its own position: its row's past, and no padding.
+        seen = torch.arange(self.filled, device=device) <= self.positions[:, :, None]  # (B, T, S)
+        self.mask = None if fresh else seen[:, None]  # at first, plain causal attention does that
+        return self.positions
+
+    def append(self, layer, k, v):
+        """Write k, v (B, H_kv, T, K); returns what to attend to (B, H_kv, S, K), and the mask."""
+        self.k[layer][self.rows, :, self.positions] = k.transpose(1, 2)
+        self.v[layer][self.rows, :, self.positions] = v.transpose(1, 2)
+        if self.mask is None:
+            return k, v, None
+        return self.k[layer][:, :, : self.filled], self.v[layer][:, :, : self.filled], self.mask
+
+    def select(self, rows):
+        """Keep the given rows, in that order; a row that is named n times becomes n rows."""
+        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+
+
+# ---- Checkpoints in Hugging Face layout ----------------------------------------------------------
+
+
+def hub_folder(repo, patterns, revision=None, repo_type="model") -> Path:
+    """Download those files of a Hub repository, unless they are cached; returns their folder."""
+    try:
+        from huggingface_hub import snapshot_download  # slow to import, and only needed here
+
+        options = dict(revision=revision or None, repo_type=repo_type, allow_patterns=patterns)
+        return Path(snapshot_download(repo, **options))
+    except Exception as error:  # several libraries raise here; the first line says what happened
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot get {repo} from the Hub, nor from its cache: {reason}") from None
+
+
+def checkpoint_folder(path_or_id, revision=None) -> Path:
+    """The folder of a checkpoint, which for a Hub id is downloaded first."""
+    name = str(path_or_id)
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name[0] in "./~" or Path(name).exists():
+        raise UserError(f"no model folder {name}: give one, or a Hub id such as Qwen/Qwen3-0.6B")
+    return hub_folder(name, HUB_FILES, revision)
+
+
+def read_json(path) -> dict:
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}): get it again") from None
+
+
+def read_weights(folder: Path) -> dict:
+    """The tensors of single-file or sharded safetensors by name, memory-mapped."""
+    files, state = ["model.safetensors"], {}
+    if (folder / INDEX).exists():
+        files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    for path in (folder / file for file in files):
+        try:
+            with safe_open(path, framework="pt") as file:
+                state.update((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is missing or damaged ({error}): get it again") from None
+    return state
+
+
+def check_tensors(found: dict, expected: dict, folder):
+    """UserError unless these are the expected tensors, by name and shape, and floats."""
+    for name in sorted(expected.keys() | found.keys()):
+        have, want = (tuple(d[name].shape) if name in d else "no such" for d in (found, expected))
+        if have != want or not found[name].is_floating_point():
+            raise UserError(f"{folder}: {have} tensor {name}, but {want} float expected")
+
+
+def load_model(path_or_id, device="cpu", dtype=None, revision=None) -> Qwen3:
+    """A frozen model in eval mode, from a folder or Hub id; dtype: fp32 on the CPU, else bf16.
+
+    Strict: UserError on an unknown or missing tensor, a wrong shape, an unsupported architecture.
+    """
+    folder = checkpoint_folder(path_or_id, revision)
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    with torch.device("meta"):  # takes no memory: the tensors of the file move in below
+        model = Qwen3(Config.from_dict(read_json(folder / "config.json")))
+    state, expected = read_weights(folder), model.state_dict()
+    if model.config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+        head, embedding = state.pop("lm_head.weight", None), state.get("model.embed_tokens.weight")
+        if head is not None and not (embedding is not None and torch.equal(head, embedding)):
+            raise UserError(
+                f"{folder}: lm_head.weight is not embed_tokens', but config.json ties them"
+            )
+    check_tensors(state, expected, folder)
+    state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+    model.load_state_dict(state, assign=True, strict=False)  # a tied head is not among them
+    model.tie()  # again, since assigning made the embedding a new parameter
+    return model.requires_grad_(False).eval()
+
+
+@dataclass
+class Tokenizer:
+    """tokenizer.json, run by the tokenizers library, and the ids that end a text."""
+
+    file: TokenizerFile
+    eos_ids: list[int]
+
+    def encode(self, text: str) -> list[int]:
+        return self.file.encode(text).ids
+
+    def decode(self, ids) -> str:
+        """The text of ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return self.file.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def load_tokenizer(path_or_id, revision=None) -> Tokenizer:
+    """From a folder or Hub id; eos_ids are generation_config.json's, else config.json's."""
+    folder = checkpoint_folder(path_or_id, revision)
+    eos = read_json(folder / "config.json").get("eos_token_id")
+    if (folder / "generation_config.json").exists():
+        eos = read_json(folder / "generation_config.json").get("eos_token_id", eos)
+    if eos is None:
+        raise UserError(f"{folder}: no eos_token_id in config.json or generation_config.json")
+    try:
+        file = TokenizerFile.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+    return Tokenizer(file, [eos] if isinstance(eos, int) else list(eos))
