@@ -1,0 +1,146 @@
+"""Problems to train and evaluate on, and the one prompt that every model sees them in.
+
+A problem is a dict with at least `problem` and `answer` (the gold answer, as text). It comes from a
+JSONL file, the embedded set (`tiny`) or the Hub (`math`, `math500`, `gsm8k`).
+"""
+
+import json
+from pathlib import Path
+
+from model import UserError, hub_folder
+
+TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint and its problems
+# The prompt of the ARCA authors. The embedded model was pretrained on it.
+PROMPT = (
+    "Solve this math problem step by step. Put your final answer in \\boxed{}.\n\n"
+    "Problem: {problem}\n"
+)
+# A turn of Qwen's and SmolLM2's chat models.
+CHATML = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+# name: repository, and the files of each split
+HUB = {
+    "math": (
+        "DigitalLearningGmbH/MATH-lighteval",
+        {"train": "data/train-*", "test": "data/test-*"},
+    ),
+    "math500": ("HuggingFaceH4/MATH-500", {"train": "test.jsonl", "test": "test.jsonl"}),
+    "gsm8k": ("openai/gsm8k", {"train": "main/train-*", "test": "main/test-*"}),
+}
+
+
+def prompt_text(problem: str, chat=False) -> str:
+    """The text before the completion; with chat=True as a user's turn in ChatML."""
+    text = PROMPT.replace("{problem}", problem)
+    return CHATML.replace("{prompt}", text) if chat else text
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last \\boxed{...} or \\fbox{...} holds; None without one, or if it is not closed."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    rest = text[start:].split("box", 1)[1].removeprefix("ed").lstrip()
+    if not rest.startswith("{"):
+        return rest.split()[0].rstrip(".$") if rest else None  # \boxed 5
+    depth, i = 0, 0
+    while i < len(rest):
+        if rest[i] == "\\":
+            i += 1  # an escaped brace is text
+        elif rest[i] in "{}":
+            depth += 1 if rest[i] == "{" else -1
+            if depth == 0:
+                return rest[1:i].strip()
+        i += 1
+    return None
+
+
+def gold_answer(row: dict) -> str | None:
+    """Its `answer` (in GSM8K what follows ####), or else the last box of its `solution`."""
+    answer = row.get("answer")
+    if answer is None:
+        return last_boxed(str(row.get("solution", "")))
+    return str(answer).split("####")[-1].strip()
+
+
+def as_problem(row, where: str) -> dict:
+    """A row of any data set as a problem; UserError says where the row is that is none."""
+    text = row.get("problem", row.get("question")) if isinstance(row, dict) else None
+    answer = gold_answer(row) if isinstance(row, dict) else None
+    if not isinstance(text, str) or not text.strip() or not answer:
+        raise UserError(
+            f"{where} is not a problem: it needs `problem`, and `answer` or a boxed `solution`"
+        )
+    return {**row, "problem": text, "answer": answer}
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    problems = []
+    try:
+        lines = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # not splitlines: a problem may hold U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give a JSONL file") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise UserError(f"{path}, line {number} is not JSON: mend or remove it") from None
+            problems.append(as_problem(row, f"{path}, line {number}"))
+    return problems
+
+
+def read_parquet(path: Path) -> list[dict]:
+    try:
+        import pyarrow.parquet  # only the Hub's MATH and GSM8K need it
+    except ImportError:
+        raise UserError(
+            f"{path.name} is a parquet file: pip install pyarrow, or give a JSONL file"
+        ) from None
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    return [as_problem(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
+
+
+def load_problems(source: str, split="train") -> list[dict]:
+    """The problems of `tiny`, `math`, `math500` or `gsm8k` in a split, or of a JSONL file."""
+    if source == "tiny":
+        problems = read_jsonl(TINY / f"{split}.jsonl")
+    elif source in HUB:
+        repo, patterns = HUB[source]
+        folder = hub_folder(repo, [patterns[split]], repo_type="dataset")
+        problems = []
+        for path in sorted(folder.glob(patterns[split])):
+            problems += read_jsonl(path) if path.suffix == ".jsonl" else read_parquet(path)
+    elif Path(source).is_file():
+        problems = read_jsonl(Path(source))
+    else:
+        raise UserError(f"no data {source}: give a JSONL file, or one of tiny, {', '.join(HUB)}")
+    if not problems:
+        raise UserError(f"{source} holds no problems: give another file")
+    return problems
+
+
+def load_split(train_source, test_source, tokenizer, chat, max_prompt_tokens, max_test):
+    """(problems to train on, held-out ones, what was left out), their prompts as token ids.
+
+    Without a test_source the held-out ones are the test split of a named set, or every tenth line
+    of a file. A problem that is evaluated on is never trained on; too long ones are left out.
+    """
+    train = load_problems(train_source, "train")
+    if test_source:
+        test = load_problems(test_source, "test")
+    elif Path(train_source).is_file():
+        train, test = [p for i, p in enumerate(train) if i % 10], train[::10]
+    else:
+        test = load_problems(train_source, "test")
+    for p in train + test:
+        p["prompt"] = tokenizer.encode(prompt_text(p["problem"], chat))
+    fits = [[p for p in ps if len(p["prompt"]) <= max_prompt_tokens] for ps in (train, test)]
+    test = fits[1][:max_test]
+    seen = {p["problem"].strip() for p in test}
+    usable = [p for p in fits[0] if p["problem"].strip() not in seen]
+    if not usable or not test:
+        raise UserError("no problem is short enough to train or evaluate on: --max-prompt-tokens")
+    left_out = f"{len(train) - len(fits[0])} too long, {len(fits[0]) - len(usable)} evaluated on"
+    return usable, test, f"{len(usable)} problems (left out: {left_out})"

@@ -1,0 +1,235 @@
+"""Sampling with a KV cache: many prompts of unequal length, n samples each.
+
+    python sample.py "What is 12*13?"
+
+A prompt is read once and its cache copied to its n samples. Every completion has its own stream of
+uniforms, one a position, which depends on (seed, step, prompt, sample) and on nothing else, and a
+token is drawn from its uniform by inverse CDF. So a completion does not depend on the batch that it
+is in, on the order of the prompts, on finished rows being dropped, or on how many processes share
+the work; and there is no random state to save. (Up to rounding: a batch of another shape may round
+a logit otherwise, in fp32 by about 1e-6, and a token changes if its uniform falls in that gap.)
+"""
+
+import argparse
+import hashlib
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.problems import TINY, load_problems, prompt_text
+from lora import load_adapter
+from model import KVCache, UserError, load_model, load_tokenizer, run_cli
+
+CHECK_EVERY = 8  # tokens between two looks at which rows have ended; on a GPU each look is a wait
+
+
+@dataclass
+class Completions:
+    """B = prompts x n rows, a prompt's samples side by side; columns past `lengths` are padding."""
+
+    tokens: torch.Tensor  # (B, T) the drawn tokens, the one that ends the text included
+    lengths: torch.Tensor  # (B,)
+    logps: torch.Tensor  # (B, T) fp32, at the sampling temperature, before any top-p or top-k cut
+    finished: torch.Tensor  # (B,) bool: ended by itself, not cut off at max_new_tokens
+
+    def texts(self, tokenizer) -> list[str]:
+        """The completions as text, without the token that ends them."""
+        ends = (self.lengths - self.finished.long()).tolist()
+        rows = zip(self.tokens.tolist(), ends, strict=True)
+        return [tokenizer.decode(row[:end]) for row, end in rows]
+
+
+def stream(*key):
+    """The random stream that belongs to a key: numbers, strings, lists of them."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+def uniforms(seed, step, prompt, sample, length):
+    """The uniforms of one completion: float64 (length,) in [0, 1); more of them start the same."""
+    return stream(seed, step, list(prompt), sample).random(length)
+
+
+def cut(probs, top_p=1.0, top_k=0):
+    """probs (B, V) with all but the top_k likeliest tokens set to 0, and then all but the smallest
+    set of the likeliest that holds a share top_p of what is left (arXiv 1904.09751, section 3.1).
+    Of equally likely tokens the lower id comes first. Not renormalised."""
+    if top_k <= 0 and top_p >= 1:
+        return probs
+    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
+    if top_k > 0:
+        ordered[:, top_k:] = 0
+    likelier = ordered.cumsum(-1) - ordered  # the mass in front of each token
+    ordered[likelier >= top_p * ordered.sum(-1, keepdim=True)] = 0
+    return torch.zeros_like(probs).scatter_(-1, ids, ordered)
+
+
+def draw(logits, u, temperature=1.0, top_p=1.0, top_k=0):
+    """A token a row by inverse CDF: logits (B, V), u (B,) in [0, 1) -> tokens (B,), log-probs (B,).
+
+    Temperature 0 takes the likeliest token; its log-prob is then the one at temperature 1.
+    """
+    logps = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
+    if temperature == 0:
+        tokens = logps.argmax(-1)
+    else:
+        # In float64: over 151,936 tokens an fp32 running sum errs by more than many a probability.
+        cdf = cut(logps.double().exp(), top_p, top_k).cumsum(-1)
+        tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
+        tokens = tokens.clamp(max=logits.shape[1] - 1)
+    return tokens, logps.gather(-1, tokens[:, None])[:, 0]
+
+
+@torch.no_grad()
+def decode(model, prompts, u, eos_ids, temperature, top_p, top_k):
+    """Write len(u) / P completions of each of P prompts token by token; u is (B, T) uniforms.
+
+    A generator over positions. It yields the rows still in the batch, their tokens and log-probs,
+    and which of them had ended before (four tensors of shape (b,)).
+    """
+    device, P = model.device, len(prompts)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
+    ids, u = ids.to(device), torch.as_tensor(u, device=device)
+    stop = torch.tensor(list(eos_ids), device=device)
+    B, capacity = len(u), ids.shape[1] + u.shape[1]
+
+    # The prompts' cache has room for whole texts: it becomes that of their samples.
+    cache = KVCache(model.config, P, capacity, device, model.lm_head.weight.dtype)
+    hidden = model(ids, cache)[torch.arange(P, device=device), lengths - 1]  # (P, D)
+    cache.lengths = lengths
+    group = torch.arange(P, device=device).repeat_interleave(B // P)  # (B,) the prompt of each row
+    hidden = hidden[group]
+    cache.select(group)
+    rows = torch.arange(B, device=device)
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    for position in range(u.shape[1]):
+        logits = model.logits(hidden)  # (b, V)
+        tokens, logps = draw(logits, u[rows, position], temperature, top_p, top_k)
+        yield rows, tokens, logps, ended
+        ended = ended | torch.isin(tokens, stop)
+        if position % CHECK_EVERY == CHECK_EVERY - 1 or B == 1:
+            going = (~ended).nonzero()[:, 0]
+            if len(going) == 0:
+                return
+            if len(going) < len(rows):  # drop the rows that have ended, and their cache
+                rows, tokens, ended = rows[going], tokens[going], ended[going]
+                cache.select(going)
+        hidden = model(tokens[:, None], cache)[:, 0]  # (b, D)
+
+
+def generate(
+    model,
+    prompts: list[list[int]],
+    n=1,
+    max_new_tokens=256,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    eos_ids=(),
+    seed=0,
+    step=0,
+    max_rows=256,
+) -> Completions:
+    """n completions of each prompt (token ids), each ended by one of eos_ids or by max_new_tokens.
+
+    At most max_rows rows are in memory at a time, which changes nothing. Results are on the CPU.
+    """
+    if not all(prompts) or min(n, max_new_tokens) < 1:
+        raise UserError("nothing to sample: prompts must not be empty, nor n or max_new_tokens 0")
+    device, B = model.device, len(prompts) * n
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    logps = torch.zeros(B, max_new_tokens, device=device)
+    lengths = torch.zeros(B, dtype=torch.long, device=device)
+    size = max(1, max_rows // n)  # prompts at a time
+    for first in range(0, len(prompts), size):
+        part = prompts[first : first + size]
+        u = [uniforms(seed, step, p, i, max_new_tokens) for p in part for i in range(n)]
+        steps = decode(model, part, np.stack(u), eos_ids, temperature, top_p, top_k)
+        for position, (rows, token, logp, ended) in enumerate(steps):
+            rows = rows + first * n
+            tokens[rows, position] = token.masked_fill(ended, 0)
+            logps[rows, position] = logp.masked_fill(ended, 0.0)
+            lengths[rows] += ~ended
+    T = int(lengths.max()) if B else 0
+    tokens, logps, lengths = tokens[:, :T].cpu(), logps[:, :T].cpu(), lengths.cpu()
+    last = tokens.gather(1, lengths[:, None] - 1)[:, 0]
+    return Completions(tokens, lengths, logps, torch.isin(last, torch.tensor(list(eos_ids))))
+
+
+# ---- The command line, and what it shares with eval_math.py and train.py -------------------------
+
+
+def add_flags(parser, **defaults):
+    """The flags that sample.py and eval_math.py share; `defaults` differ between the two."""
+    parser.add_argument("--model", default=str(TINY), help="a checkpoint folder or a Hub id")
+    parser.add_argument("--revision", default="", help="branch, tag or commit of the Hub id")
+    parser.add_argument("--adapter", default="", help="a PEFT adapter, such as runs/NAME/adapter")
+    parser.add_argument("--data", default="tiny", help="tiny, math, math500, gsm8k or a JSONL file")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--dtype", default="auto", help="auto (fp32 on CPU, bf16 on GPU), fp32, bf16"
+    )
+    parser.add_argument("--chat", action="store_true", help="prompt as a chat turn (ChatML)")
+    parser.add_argument("--seed", type=int, default=1, help="of everything that is random")
+    for name, (default, text) in defaults.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(default), default=default, help=text)
+
+
+def load_base(s):
+    """The frozen model and tokenizer that these flags, or the Settings of train.py, ask for."""
+    dtypes = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
+    device = "cuda" if s.device == "auto" and torch.cuda.is_available() else s.device
+    device = "cpu" if device == "auto" else device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no device {device} here: use --device cpu") from None
+    if s.dtype not in dtypes:
+        raise UserError(f"no dtype {s.dtype!r}: use one of {', '.join(dtypes)}")
+    tokenizer = load_tokenizer(s.model, s.revision)
+    model = load_model(s.model, device, dtypes[s.dtype], s.revision)
+    if tokenizer.file.get_vocab_size() > model.config.vocab_size:
+        raise UserError(f"{s.model}: the tokenizer has more tokens than the model's vocabulary")
+    if s.chat and tokenizer.file.token_to_id("<|im_start|>") is None:
+        raise UserError("--chat: this tokenizer has no <|im_start|>, so the model knows no ChatML")
+    return model, tokenizer
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Ask a model a math problem.")
+    parser.add_argument("problem", nargs="?", help="without it: problems of --data")
+    lengths = dict(samples=(1, "completions a problem"), problems=(3, "how many of --data"))
+    cuts = dict(temperature=(0.0, "0: the likeliest"), top_p=(1.0, "nucleus"), top_k=(0, "0: all"))
+    add_flags(parser, **lengths, max_new_tokens=(256, "longer ones are cut off"), **cuts)
+    s = parser.parse_args()
+    model, tokenizer = load_base(s)
+    if s.adapter:
+        load_adapter(model, s.adapter)
+    problems = [dict(problem=s.problem)]
+    if not s.problem:
+        problems = load_problems(s.data, "test")[: s.problems]
+    count, started = 0, time.perf_counter()
+    for p in problems:
+        prompt = tokenizer.encode(prompt_text(p["problem"], s.chat))
+        for sample in range(s.samples):
+            print(f"\n{p['problem']}" + f"  (gold: {p['answer']})" * ("answer" in p))
+            u = uniforms(s.seed, 0, prompt, sample, s.max_new_tokens)[None]
+            ids, shown, stop = [], "", tokenizer.eos_ids
+            for _, token, _, _ in decode(model, [prompt], u, stop, s.temperature, s.top_p, s.top_k):
+                ids.append(int(token))
+                text = tokenizer.decode([i for i in ids if i not in stop])
+                if not text.endswith("\ufffd"):  # half of a character: wait for the rest
+                    print(text[len(shown) :], end="", flush=True)
+                    shown = text
+            count += len(ids)
+            print()
+    seconds = time.perf_counter() - started
+    print(f"\n{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    run_cli(main)
