@@ -1,0 +1,373 @@
+"""Train a LoRA adapter by GRPO with token credit.
+
+    python train.py --credit arca                    # the embedded model, minutes on a laptop
+    python train.py --preset paper --credit arca     # the paper's run, on one GPU
+
+One loop: sample a group of completions for each problem, grade them, turn rewards into advantages
+and advantages into token credit, make one step, write one line of metrics. What a run leaves is in
+its folder: config.json, metrics.jsonl, evals.jsonl, samples.jsonl, adapter/, trainer.safetensors.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import credit
+from data.problems import TINY, load_split
+from eval_math import evaluate, rate_with_interval
+from grpo import group_advantages, rollout, update
+from lora import add_lora, load_adapter, lora_parameters, save_adapter
+from model import UserError, read_json, run_cli
+from sample import load_base, stream
+
+
+def setting(default, help):
+    return field(default=default, metadata=dict(help=help))
+
+
+@dataclass
+class Settings:
+    """Every setting, with its only default. Each is a flag of the command line."""
+
+    credit: str = setting("arca", f"token-credit rule: {', '.join(credit.METHODS)}")
+    sharpening: float = setting(1.0, "exponent on a rule's scores before they are normalised")
+    preset: str = setting("", "'paper' for the settings of the ARCA paper")
+    # the model and its problems
+    model: str = setting(str(TINY), "a checkpoint folder or a Hub id")
+    revision: str = setting("", "branch, tag or commit of the Hub id")
+    chat: bool = setting(False, "prompt as a chat turn (ChatML), for instruction-tuned models")
+    data: str = setting("tiny", "tiny, math, math500, gsm8k or a JSONL file")
+    eval_data: str = setting("", "likewise; default: the test split, or every 10th line of a file")
+    eval_problems: int = setting(500, "held-out problems to evaluate on")
+    eval_samples: int = setting(4, "samples a problem for pass@k; 0 for greedy only")
+    eval_every: int = setting(0, "steps between evaluations; 0 for before and after only")
+    # rollouts
+    steps: int = setting(80, "updates")
+    prompts: int = setting(16, "problems a step")
+    samples: int = setting(8, "completions a problem")
+    max_prompt_tokens: int = setting(512, "problems with a longer prompt are left out")
+    max_new_tokens: int = setting(128, "longer completions are cut off")
+    temperature: float = setting(1.0, "of sampling, and of the policy that is trained")
+    top_p: float = setting(1.0, "nucleus of sampling; below 1 it is not the policy that is scored")
+    # the update
+    rank: int = setting(16, "of LoRA, on all seven projections")
+    alpha: float = setting(32.0, "LoRA scales by alpha / rank")
+    lr: float = setting(2e-3, "peak learning rate")
+    warmup: int = setting(5, "steps of linear warmup, before cosine decay")
+    beta2: float = setting(0.95, "of AdamW; beta1 is 0.9, weight decay 0")
+    grad_clip: float = setting(1.0, "largest norm of the gradient")
+    advantage: str = setting("grpo", "grpo, rloo or centered")
+    aggregate: str = setting("seq", "seq: completions count equally; token: tokens do")
+    updates: int = setting(1, "passes over each rollout; above 1 with ratio and clip")
+    clip_low: float = setting(0.2, "the ratio is clipped below 1 minus this")
+    clip_high: float = setting(0.28, "the ratio is clipped above 1 plus this")
+    kl: float = setting(0.0, "weight of the k3 KL penalty to the base model")
+    micro_tokens: int = setting(4096, "tokens in memory at a time, which changes no gradient")
+    # the run
+    seed: int = setting(1, "of everything that is random")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: str = setting(
+        "auto", "of the frozen weights: auto (fp32 on CPU, bf16 on GPU), fp32, bf16"
+    )
+    out: str = setting("", "the run folder; default: runs/ and what the run does")
+    save_every: int = setting(20, "steps between checkpoints")
+    compare_rules: bool = setting(False, "log the concentration of every rule's weights as well")
+
+
+# ARCA, section 5, and from its released configuration: sharpening 2, AdamW's default betas.
+PRESETS = {
+    "paper": dict(
+        model="Qwen/Qwen3-1.7B-Base", data="math", eval_problems=200, steps=100, prompts=8
+    )
+    | dict(samples=4, max_prompt_tokens=512, max_new_tokens=512, top_p=0.95, rank=64, alpha=128.0)
+    | dict(lr=5e-6, warmup=10, beta2=0.999, seed=1337, sharpening=2.0)
+}
+
+
+def parse_settings():
+    """(settings, whether to resume): defaults, then the preset, then the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    for f in fields(Settings):
+        options = dict(default=argparse.SUPPRESS, help=f.metadata["help"])
+        if isinstance(f.default, bool):
+            options.update(action="store_true")
+        else:
+            options.update(type=type(f.default), metavar=f.default if f.default != "" else "''")
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
+    given = vars(parser.parse_args())
+    resume, preset = given.pop("resume"), given.get("preset", "")
+    if preset and preset not in PRESETS:
+        raise UserError(f"no preset {preset!r}: use {', '.join(PRESETS)}")
+    s = Settings(**{**PRESETS.get(preset, {}), **given})
+    if resume:  # the run's own settings hold; a flag may repeat them, not contradict them
+        stored = read_json(Path(s.out or "runs") / "config.json").get("settings", {})
+        for name in given.keys() - {"out", "device"}:
+            if stored.get(name) != given[name]:
+                raise UserError(
+                    f"{s.out} was run with {name} = {stored.get(name)}: leave --{name} out"
+                )
+        s = Settings(**{**stored, "out": s.out, "device": s.device})
+    check(s)
+    return s, resume
+
+
+def check(s: Settings):
+    """UserError on settings that cannot work."""
+    credit.needs(s.credit)
+    group_advantages(torch.zeros(1, 2), s.advantage)
+    if s.aggregate not in ("seq", "token"):
+        raise UserError(f"no aggregate {s.aggregate!r}: use seq or token")
+    if s.samples < 2:
+        raise UserError("GRPO compares the samples of a problem: use --samples 2 or more")
+    counts = ["steps", "prompts", "max_prompt_tokens", "max_new_tokens", "eval_problems", "updates"]
+    counts += ["micro_tokens", "save_every", "temperature", "top_p", "lr", "sharpening", "alpha"]
+    for name in counts:
+        if not 0 < getattr(s, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)} is not positive")
+
+
+def problems_of_step(train, s: Settings, step):
+    """The problems of step 1, 2, ...; each epoch is a shuffle that depends on (seed, epoch)."""
+    chosen = []
+    for i in range((step - 1) * s.prompts, step * s.prompts):
+        epoch, place = divmod(i, len(train))
+        chosen.append(train[stream(s.seed, "epoch", epoch).permutation(len(train))[place]])
+    return chosen
+
+
+def lr_at(step, s: Settings):
+    """Linear warmup from lr / warmup at step 1, then a cosine that is 0 after the last step."""
+    if step <= s.warmup:
+        return s.lr * step / s.warmup
+    return s.lr * 0.5 * (1 + math.cos(math.pi * (step - s.warmup) / (s.steps - s.warmup + 1)))
+
+
+# ---- The run folder ------------------------------------------------------------------------------
+
+
+def open_run(s: Settings, resume) -> Path:
+    """The run folder. One that holds a run is never written into, unless that run is resumed."""
+    if s.out and (Path(s.out) / "config.json").exists() and not resume:
+        raise UserError(
+            f"{s.out} holds a run: give another --out, or add --resume to go on with it"
+        )
+    name = "-".join([s.credit, Path(s.model).name, Path(s.data).stem, f"seed{s.seed}"])
+    folder, count = Path(s.out or f"runs/{name}"), 1
+    while not s.out and folder.exists():
+        count += 1
+        folder = Path(f"runs/{name}-{count}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the run folder {folder} ({error}): give another --out"
+        ) from None
+    return folder
+
+
+def write_config(folder, s: Settings, model):
+    """config.json: every setting, and what else it takes to know what was run."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        revision = subprocess.run(describe, **here).stdout.strip()
+    except OSError:
+        revision = ""  # git is not installed
+    count = dict(total=sum(p.numel() for p in model.parameters()))
+    count["trained"] = sum(p.numel() for p in lora_parameters(model).values())
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    config = dict(settings=asdict(s), argv=sys.argv, git=revision, versions=versions)
+    config["parameters"] = count
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def append(path, row):
+    """Add a line of JSON; floats keep 6 significant digits."""
+    row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def save(folder, model, optimizer, step, s: Settings):
+    """adapter/ and trainer.safetensors: with the settings, the whole state of a run."""
+    save_adapter(model, folder / "adapter", s.model)
+    state = {}
+    for name, p in lora_parameters(model).items():
+        state.update((f"{name}.{key}", value) for key, value in optimizer.state.get(p, {}).items())
+    save_file(state, folder / "trainer.tmp", metadata=dict(step=str(step)))
+    os.replace(folder / "trainer.tmp", folder / "trainer.safetensors")
+
+
+def restore(folder, model, optimizer) -> int:
+    """Give the optimizer back what `save` wrote; returns the step, and cuts the lines after it."""
+    state = optimizer.state_dict()
+    try:
+        with safe_open(folder / "trainer.safetensors", framework="pt") as file:
+            step, saved = int(file.metadata()["step"]), set(file.keys())
+            for i, name in enumerate(lora_parameters(model)):
+                keys = [
+                    key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in saved
+                ]
+                state["state"][i] = {key: file.get_tensor(f"{name}.{key}") for key in keys}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}/trainer.safetensors cannot be read: {error}") from None
+    optimizer.load_state_dict(state)
+    for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl"):
+        kept = [json.dumps(row) for row in read_rows(folder / name) if row["step"] <= step]
+        (folder / name).write_text("".join(line + "\n" for line in kept))
+    return step
+
+
+# ---- What the user sees --------------------------------------------------------------------------
+
+
+def evaluate_step(model, tokenizer, held_out, s: Settings, step, folder):
+    """Evaluate; write a line of evals.jsonl, and say it."""
+    prompts, golds = [p["prompt"] for p in held_out], [p["answer"] for p in held_out]
+    sampling = (s.eval_samples, s.max_new_tokens, s.temperature, s.top_p, s.seed)
+    result, _, _ = evaluate(model, tokenizer, prompts, golds, *sampling)
+    append(folder / "evals.jsonl", dict(step=step) | result)
+    rates = [f"{k} {rate_with_interval(result, k)}" for k in main_rates(result)]
+    tqdm.write(f"step {step:4d}  held-out {', '.join(rates)}, {result['n']} problems")
+
+
+def main_rates(result):
+    """Greedy, and pass@k for the largest k."""
+    return ["greedy"] + [key for key in result if key.startswith("pass@") and key[-3:] != "_95"][
+        -1:
+    ]
+
+
+def keep_samples(r, m, advantages, tokenizer, step, folder):
+    """Write the step's first right and first wrong completion, with tokens and weights; say one."""
+    rewards, G = r.rewards.flatten(), r.rewards.shape[1]
+    for value in (0, 1):
+        if (rewards == value).any():
+            row = int((rewards == value).nonzero()[0])
+            n, p = int(r.completions.lengths[row]), r.problems[row // G]
+            tokens = [tokenizer.decode([t]) for t in r.completions.tokens[row, :n].tolist()]
+            sample = dict(step=step, problem=p["problem"], gold=p["answer"], text=r.texts[row])
+            sample.update(reward=float(value), advantage=float(advantages[row]), tokens=tokens)
+            sample["weights"] = [round(w, 4) for w in m[row, :n].tolist()]
+            append(folder / "samples.jsonl", sample)
+    tqdm.write(f"step {step:4d}  {sample['problem']}  (gold {sample['gold']})")
+    tqdm.write(f"  reward {sample['reward']:g}: {' '.join(sample['text'].split())[:300]}")
+
+
+def show(bar, metrics):
+    """The progress bar's figures; where there is no bar, a line every five steps."""
+    names = dict(reward="reward", gini="gini", eff="effective_token_ratio")
+    figures = {short: f"{metrics[name]:.2f}" for short, name in names.items()}
+    figures["tok/s"] = f"{metrics['tokens_per_second']:.0f}"
+    bar.set_postfix(figures)
+    if bar.disable and metrics["step"] % 5 == 0:
+        text = "  ".join(f"{name} {figure}" for name, figure in figures.items())
+        print(f"step {metrics['step']:4d}  {text}", flush=True)
+
+
+def warn(history, model):
+    """Say loudly what would otherwise fail in silence; UserError when to go on is pointless."""
+    last, metrics = history[-5:], history[-1]
+    if len(last) == 5 and all(row["reward"] == 0 for row in last):
+        tqdm.write("WARNING: no reward in 5 steps: wrong prompt (--chat?), or problems too hard?")
+    if metrics["truncated"] > 0.5:
+        tqdm.write("WARNING: over half of the completions were cut off: raise --max-new-tokens")
+    if metrics["skipped"]:
+        tqdm.write("WARNING: the loss or gradient was not finite; this step was skipped")
+    if len(last) == 5 and all(row["skipped"] for row in last):
+        raise UserError("loss or gradient not finite in 5 steps in a row: lower --lr")
+    B = [p for name, p in lora_parameters(model).items() if "lora_B" in name]
+    if (
+        len(history) == 3
+        and any(row["groups_mixed"] for row in history)
+        and not any(map(torch.any, B))
+    ):
+        tqdm.write("WARNING: LoRA's B is still zero after 3 steps: no gradient reaches it")
+
+
+def summary(folder, history, s: Settings):
+    """The table at the end of a run."""
+    evals = read_rows(folder / "evals.jsonl")
+    mean = lambda key, rows: sum(row[key] for row in rows) / max(1, len(rows))  # noqa: E731
+    print(f"\n{'':22}{'before':>23}{'after':>23}")
+    for key in main_rates(evals[0]):
+        cells = [rate_with_interval(result, key) for result in (evals[0], evals[-1])]
+        print(f"{'held-out ' + key:22}{cells[0]:>23}{cells[1]:>23}")
+    first, last = (f"{mean('reward', rows):.3f}" for rows in (history[:5], history[-5:]))
+    print(f"{'reward, 5 steps':22}{first:>23}{last:>23}")
+    spread = [f"{mean(key, history):.3f}" for key in ("gini", "effective_token_ratio")]
+    print(
+        f"\n{s.credit} weights: Gini {spread[0]}, effective-token ratio {spread[1]} (mean of steps)"
+    )
+    print(f"run folder: {folder}\nnext: python credit.py {folder}  (shows which tokens were paid)")
+    other = "uniform" if s.credit != "uniform" else "arca"
+    print(f"      python train.py --credit {other}  (the same run with another rule)")
+
+
+def main():
+    s, resume = parse_settings()
+    model, tokenizer = load_base(s)
+    data = (s.data, s.eval_data, tokenizer, s.chat, s.max_prompt_tokens, s.eval_problems)
+    train, held_out, note = load_split(*data)
+    folder = open_run(s, resume)
+    if resume:
+        load_adapter(model, folder / "adapter")
+    else:
+        add_lora(model, s.rank, s.alpha, seed=s.seed)
+        write_config(folder, s, model)
+    trained = list(lora_parameters(model).values())
+    optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, s.beta2), weight_decay=0.0)
+    done = restore(folder, model, optimizer) if resume else 0
+    history = read_rows(folder / "metrics.jsonl")
+    count = f"{sum(p.numel() for p in trained):,}"
+    print(
+        f"{s.credit} on {s.model}, {count} LoRA parameters, {note}, run folder {folder}", flush=True
+    )
+    if not done:
+        evaluate_step(model, tokenizer, held_out, s, 0, folder)
+
+    bar = tqdm(range(done + 1, s.steps + 1), disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    for step in bar:
+        started = time.perf_counter()
+        r = rollout(model, tokenizer, problems_of_step(train, s, step), s, step)
+        sampled = time.perf_counter()
+        advantages = group_advantages(r.rewards, s.advantage).flatten()  # (B,)
+        optimizer.param_groups[0]["lr"] = lr = lr_at(step, s)
+        metrics, m = update(model, optimizer, r, advantages, s)
+        ended = time.perf_counter()
+
+        speed = metrics["completion_tokens"] / (ended - started)
+        metrics = dict(step=step) | metrics | dict(lr=lr, tokens_per_second=speed)
+        metrics.update(seconds_rollout=sampled - started, seconds_update=ended - sampled)
+        append(folder / "metrics.jsonl", metrics)
+        history.append(metrics)
+        show(bar, metrics)
+        warn(history, model)
+        if step % 10 == 1:
+            keep_samples(r, m, advantages, tokenizer, step, folder)
+        if step % s.save_every == 0 or step == s.steps:
+            save(folder, model, optimizer, step, s)
+        if step == s.steps or (s.eval_every and step % s.eval_every == 0):
+            evaluate_step(model, tokenizer, held_out, s, step, folder)
+    summary(folder, history, s)
+
+
+if __name__ == "__main__":
+    run_cli(main)
