@@ -131,35 +131,38 @@ def wilson(mean: float, n: int) -> tuple[float, float]:
 
 
 def evaluate(model, tokenizer, prompts, golds, samples, max_new_tokens, temperature, top_p, seed):
-    """Greedy accuracy and pass@k for k = 1, 2, 4, ... up to `samples`, each with its 95 % interval.
+    """Greedy accuracy, and pass@1 and pass@k from k = `samples`, with their 95 % intervals.
 
     Returns (result, greedy texts, verdicts). Sampling is keyed by step -1, which no training step
-    has: every evaluation of a run sees the same uniforms, and its differences are paired.
+    has: every evaluation of a run sees the same uniforms, so that differences are paired.
     """
     limits = dict(max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids, seed=seed, step=-1)
     greedy = generate(model, prompts, temperature=0, **limits)
     texts, n = greedy.texts(tokenizer), len(golds)
     right = [verify(text, gold) for text, gold in zip(texts, golds, strict=True)]
-    ended = greedy.finished.tolist()
-    boxed = sum(extract_answer(t) is not None and e for t, e in zip(texts, ended, strict=True))
-    rates = dict(greedy=sum(right) / n)
+    result = dict(greedy=sum(right) / n)
     if samples:
         limits.update(temperature=temperature, top_p=top_p)
         drawn = generate(model, prompts, samples, **limits).texts(tokenizer)
-        groups = [drawn[i * samples : (i + 1) * samples] for i in range(n)]
-        counts = [sum(verify(t, g) for t in ts) for ts, g in zip(groups, golds, strict=True)]
-        for k in (2**i for i in range(samples.bit_length())):
-            rates[f"pass@{k}"] = sum(pass_at_k(samples, c, k) for c in counts) / n
-    intervals = {
-        f"{name}_95": [round(x, 4) for x in wilson(rate, n)] for name, rate in rates.items()
-    }
-    return rates | dict(n=n, boxed=boxed / n) | intervals, texts, right
+        hits = [verify(text, golds[i // samples]) for i, text in enumerate(drawn)]
+        counts = [sum(hits[i * samples : (i + 1) * samples]) for i in range(n)]
+        for k in sorted({1, samples}):
+            result[f"pass@{k}"] = sum(pass_at_k(samples, c, k) for c in counts) / n
+    intervals = {f"{key}_95": [round(x, 4) for x in wilson(result[key], n)] for key in result}
+    ended = zip(texts, greedy.finished.tolist(), strict=True)
+    boxed = sum(end and extract_answer(text) is not None for text, end in ended) / n
+    return result | intervals | dict(boxed=boxed, n=n), texts, right
 
 
-def rate_with_interval(result, key) -> str:
+def rates(result) -> list[str]:
+    """The keys of a result that are rates with an interval."""
+    return [key for key in result if f"{key}_95" in result]
+
+
+def with_interval(result, key) -> str:
     """Such as `52.4 % [48.2, 56.6]`."""
     low, high = result[f"{key}_95"]
-    return f"{100 * result[key]:5.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * result[key]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def main():
@@ -177,10 +180,9 @@ def main():
     sampling = (args.samples, args.max_new_tokens, args.temperature, args.top_p, args.seed)
     result, _, right = evaluate(model, tokenizer, prompts, golds, *sampling)
     print(f"{args.data}: {len(golds)} problems, 95 % intervals in brackets")
-    for key in result:
-        if f"{key}_95" in result:
-            print(f"{key:10} {rate_with_interval(result, key)}")
-    print(f"{'boxed':10} {100 * result['boxed']:5.1f} % of greedy completions end with a box")
+    for key in rates(result):
+        print(f"{key:8} {with_interval(result, key)}")
+    print(f"{100 * result['boxed']:.1f} % of the greedy completions give a boxed answer and end")
     for field in ("level", "subject", "type", "kind"):
         for value in sorted({str(p[field]) for p in problems if field in p}):
             hits = [r for r, p in zip(right, problems, strict=True) if str(p.get(field)) == value]

@@ -171,8 +171,8 @@ def policy_objective(logps, advantages, old_logps=None, clip_low=0.2, clip_high=
     """What a token adds to the objective that is maximised, elementwise.
 
     Without old log-probs it is A log pi, whose gradient is the policy gradient. With them it is
-    PPO's min(ratio A, clip(ratio, 1 - low, 1 + high) A) (arXiv 1707.06347, eq. 7; arXiv 2503.14476,
-    eq. 10).
+    PPO's min(ratio A, clip(ratio, 1 - low, 1 + high) A) (arXiv 1707.06347, eq. 7; the two bounds
+    are DAPO's, arXiv 2503.14476).
     """
     if old_logps is None:
         return advantages * logps
@@ -201,9 +201,11 @@ def micro_batches(r: Rollout, chosen, budget):
 
 def clip_gradients(parameters, limit):
     """Scale the gradients so that their joint L2 norm is at most `limit`; returns what it was."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return float(norm)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    for g in gradients:
+        g.mul_((limit / norm).clamp(max=1))
+    return norm.item()
 
 
 def add_gradient(model, r: Rollout, rows, advantages, per_row, s, wanted):

@@ -5,8 +5,8 @@ compares hidden states and never needs the head. Nothing is left-padded: rows ar
 with its own length, and causal attention never looks right. By two flags the same code runs Qwen2.5
 (bias on q, k, v; no q/k norm) and Llama-style models (neither). Names are Hugging Face's.
 
-Shapes, here and in every file: B rows, P prompts, G samples a prompt, T tokens, S cached tokens,
-D hidden, V vocabulary, H heads, K head_dim.
+Shapes, here and in every file: B rows, P prompts, G samples a prompt, T tokens, S cached tokens, D
+hidden, V vocabulary, H heads, K head_dim.
 """
 
 import json
@@ -22,8 +22,9 @@ from tokenizers import Tokenizer as TokenizerFile
 
 INDEX = "model.safetensors.index.json"  # which file of a sharded checkpoint holds what
 HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "model*.safetensors", INDEX]
-# model_type: (bias on q, k, v; norm on q, k)
-FAMILIES = {"qwen3": (False, True), "qwen2": (True, False), "llama": (False, False)}
+FAMILIES = {"qwen3": dict(qkv_bias=False, qk_norm=True)}  # by model_type
+FAMILIES |= {"qwen2": dict(qkv_bias=True, qk_norm=False)}
+FAMILIES |= {"llama": dict(qkv_bias=False, qk_norm=False)}
 
 
 class UserError(Exception):
@@ -36,10 +37,10 @@ def run_cli(main):
         return main()
     except (UserError, MemoryError, RuntimeError) as error:
         line = " ".join(str(error).split())
-        if type(error) is RuntimeError and "memory" not in line:  # torch's word for no memory
-            raise
         if not isinstance(error, UserError):
-            line = "out of memory: lower --micro-tokens, --samples, --prompts, --max-new-tokens"
+            if isinstance(error, RuntimeError) and "memory" not in line:
+                raise
+            line = "out of memory: lower --micro-tokens, --samples, --prompts or --max-new-tokens"
     print("error:", line, file=sys.stderr)
     sys.exit(2)
 
@@ -70,18 +71,17 @@ class Config:
         family, heads = raw.get("model_type"), raw.get("num_attention_heads") or 1
         if family not in FAMILIES:
             raise UserError(f"model_type {family!r} is not supported: use {', '.join(FAMILIES)}")
-        bias, norm = FAMILIES[family]
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, 4
         layers, act = raw.get("layer_types") or (), raw.get("hidden_act", "silu")
         refused = {
-            "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
+            "rope scaling": (rope.get("rope_type") or rope.get("type", "default")) != "default",
             "a sliding window": raw.get("use_sliding_window") or "sliding_attention" in layers,
-            "attention_bias": raw.get("attention_bias") and not bias,
+            "attention_bias": raw.get("attention_bias") and not FAMILIES[family]["qkv_bias"],
             f"hidden_act {act}": act != "silu",
         }
         if asks := [what for what, present in refused.items() if present]:
             raise UserError(f"config.json asks for {asks[0]}, which is not supported")
-        c = {f.name: raw.get(f.name) for f in fields(cls)} | dict(qkv_bias=bias, qk_norm=norm)
+        c = {f.name: raw.get(f.name) for f in fields(cls)} | FAMILIES[family]
         c["rope_theta"] = rope.get("rope_theta") or c["rope_theta"]
         c["tie_word_embeddings"] = bool(c["tie_word_embeddings"])
         c["num_key_value_heads"] = c["num_key_value_heads"] or heads
@@ -99,13 +99,11 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size, eps):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x.float() * scale).to(x.dtype)
 
 
 def rotary(positions, head_dim, theta, dtype):
@@ -214,11 +212,9 @@ class Qwen3(nn.Module):
 
 
 class KVCache:
-    """Keys and values of all layers, preallocated, with a length for each row.
-
-    Prompts of unequal length go in right-padded. Setting `lengths` to the true ones afterwards
-    makes the next tokens overwrite the padding before anything can read it.
-    """
+    """Keys and values of all layers, preallocated, with a length for each row. Prompts go in
+    right-padded; setting `lengths` to the true ones then makes the next tokens overwrite the
+    padding before anything can read it."""
 
     def __init__(self, c: Config, rows, capacity, device, dtype):
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, capacity, c.head_dim)
@@ -307,21 +303,17 @@ def check_tensors(found: dict, expected: dict, folder):
 
 def load_model(path_or_id, device="cpu", dtype=None, revision=None) -> Qwen3:
     """A frozen model in eval mode, from a folder or Hub id; dtype: fp32 on the CPU, else bf16.
-
-    Strict: UserError on an unknown or missing tensor, a wrong shape, an unsupported architecture.
-    """
+    UserError on an unknown or missing tensor, a wrong shape, an architecture that is not ours."""
     folder = checkpoint_folder(path_or_id, revision)
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     with torch.device("meta"):  # takes no memory: the tensors of the file move in below
         model = Qwen3(Config.from_dict(read_json(folder / "config.json")))
     state, expected = read_weights(folder), model.state_dict()
     if model.config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-        head, embedding = state.pop("lm_head.weight", None), state.get("model.embed_tokens.weight")
-        if head is not None and not (embedding is not None and torch.equal(head, embedding)):
-            raise UserError(
-                f"{folder}: lm_head.weight is not embed_tokens', but config.json ties them"
-            )
+        del expected["lm_head.weight"]  # a file may hold the matrix twice
+        head = state.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head, state.get("model.embed_tokens.weight", head)):
+            raise UserError(f"{folder}: config.json ties lm_head to embed_tokens, but they differ")
     check_tensors(state, expected, folder)
     state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
     model.load_state_dict(state, assign=True, strict=False)  # a tied head is not among them

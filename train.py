@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import credit
 from data.problems import TINY, load_split
-from eval_math import evaluate, rate_with_interval
+from eval_math import evaluate, rates, with_interval
 from grpo import group_advantages, rollout, update
 from lora import add_lora, load_adapter, lora_parameters, save_adapter
 from model import UserError, read_json, run_cli
@@ -87,13 +87,10 @@ class Settings:
 
 
 # ARCA, section 5, and from its released configuration: sharpening 2, AdamW's default betas.
-PRESETS = {
-    "paper": dict(
-        model="Qwen/Qwen3-1.7B-Base", data="math", eval_problems=200, steps=100, prompts=8
-    )
-    | dict(samples=4, max_prompt_tokens=512, max_new_tokens=512, top_p=0.95, rank=64, alpha=128.0)
-    | dict(lr=5e-6, warmup=10, beta2=0.999, seed=1337, sharpening=2.0)
-}
+PAPER = dict(model="Qwen/Qwen3-1.7B-Base", data="math", eval_problems=200, steps=100, prompts=8)
+PAPER |= dict(samples=4, max_new_tokens=512, top_p=0.95, rank=64, alpha=128.0, sharpening=2.0)
+PAPER |= dict(lr=5e-6, warmup=10, beta2=0.999, seed=1337)
+PRESETS = {"": {}, "paper": PAPER}
 
 
 def parse_settings():
@@ -109,17 +106,15 @@ def parse_settings():
         parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
     given = vars(parser.parse_args())
     resume, preset = given.pop("resume"), given.get("preset", "")
-    if preset and preset not in PRESETS:
-        raise UserError(f"no preset {preset!r}: use {', '.join(PRESETS)}")
-    s = Settings(**{**PRESETS.get(preset, {}), **given})
+    if preset not in PRESETS:
+        raise UserError(f"no preset {preset!r}: the only one is 'paper'")
+    s = Settings(**PRESETS[preset] | given)
     if resume:  # the run's own settings hold; a flag may repeat them, not contradict them
-        stored = read_json(Path(s.out or "runs") / "config.json").get("settings", {})
+        stored = read_json(Path(s.out) / "config.json")["settings"]
         for name in given.keys() - {"out", "device"}:
             if stored.get(name) != given[name]:
-                raise UserError(
-                    f"{s.out} was run with {name} = {stored.get(name)}: leave --{name} out"
-                )
-        s = Settings(**{**stored, "out": s.out, "device": s.device})
+                raise UserError(f"{s.out} has {name} = {stored.get(name)}, not {given[name]}")
+        s = Settings(**stored | dict(out=s.out, device=s.device))
     check(s)
     return s, resume
 
@@ -208,24 +203,21 @@ def read_rows(path) -> list[dict]:
 def save(folder, model, optimizer, step, s: Settings):
     """adapter/ and trainer.safetensors: with the settings, the whole state of a run."""
     save_adapter(model, folder / "adapter", s.model)
-    state = {}
-    for name, p in lora_parameters(model).items():
-        state.update((f"{name}.{key}", value) for key, value in optimizer.state.get(p, {}).items())
+    states = optimizer.state_dict()["state"]  # by the place of a parameter in lora_parameters
+    state = {f"{i}.{key}": value for i, values in states.items() for key, value in values.items()}
     save_file(state, folder / "trainer.tmp", metadata=dict(step=str(step)))
     os.replace(folder / "trainer.tmp", folder / "trainer.safetensors")
 
 
-def restore(folder, model, optimizer) -> int:
+def restore(folder, optimizer) -> int:
     """Give the optimizer back what `save` wrote; returns the step, and cuts the lines after it."""
     state = optimizer.state_dict()
     try:
         with safe_open(folder / "trainer.safetensors", framework="pt") as file:
-            step, saved = int(file.metadata()["step"]), set(file.keys())
-            for i, name in enumerate(lora_parameters(model)):
-                keys = [
-                    key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in saved
-                ]
-                state["state"][i] = {key: file.get_tensor(f"{name}.{key}") for key in keys}
+            step = int(file.metadata()["step"])
+            for name in file.keys():  # noqa: SIM118
+                i, key = name.split(".")
+                state["state"].setdefault(int(i), {})[key] = file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}/trainer.safetensors cannot be read: {error}") from None
     optimizer.load_state_dict(state)
@@ -239,20 +231,14 @@ def restore(folder, model, optimizer) -> int:
 
 
 def evaluate_step(model, tokenizer, held_out, s: Settings, step, folder):
-    """Evaluate; write a line of evals.jsonl, and say it."""
+    """Evaluate; write a line of evals.jsonl, say it, and return the greedy accuracy."""
     prompts, golds = [p["prompt"] for p in held_out], [p["answer"] for p in held_out]
     sampling = (s.eval_samples, s.max_new_tokens, s.temperature, s.top_p, s.seed)
     result, _, _ = evaluate(model, tokenizer, prompts, golds, *sampling)
     append(folder / "evals.jsonl", dict(step=step) | result)
-    rates = [f"{k} {rate_with_interval(result, k)}" for k in main_rates(result)]
-    tqdm.write(f"step {step:4d}  held-out {', '.join(rates)}, {result['n']} problems")
-
-
-def main_rates(result):
-    """Greedy, and pass@k for the largest k."""
-    return ["greedy"] + [key for key in result if key.startswith("pass@") and key[-3:] != "_95"][
-        -1:
-    ]
+    said = [f"{key} {with_interval(result, key)}" for key in rates(result)]
+    tqdm.write(f"step {step:4d}  held-out {', '.join(said)}, {result['n']} problems")
+    return result["greedy"]
 
 
 def keep_samples(r, m, advantages, tokenizer, step, folder):
@@ -271,10 +257,10 @@ def keep_samples(r, m, advantages, tokenizer, step, folder):
     tqdm.write(f"  reward {sample['reward']:g}: {' '.join(sample['text'].split())[:300]}")
 
 
-def show(bar, metrics):
+def show(bar, metrics, accuracy):
     """The progress bar's figures; where there is no bar, a line every five steps."""
-    names = dict(reward="reward", gini="gini", eff="effective_token_ratio")
-    figures = {short: f"{metrics[name]:.2f}" for short, name in names.items()}
+    figures = dict(reward=f"{metrics['reward']:.2f}", accuracy=f"{accuracy:.2f}")
+    figures.update(gini=f"{metrics['gini']:.2f}", eff=f"{metrics['effective_token_ratio']:.2f}")
     figures["tok/s"] = f"{metrics['tokens_per_second']:.0f}"
     bar.set_postfix(figures)
     if bar.disable and metrics["step"] % 5 == 0:
@@ -294,11 +280,8 @@ def warn(history, model):
     if len(last) == 5 and all(row["skipped"] for row in last):
         raise UserError("loss or gradient not finite in 5 steps in a row: lower --lr")
     B = [p for name, p in lora_parameters(model).items() if "lora_B" in name]
-    if (
-        len(history) == 3
-        and any(row["groups_mixed"] for row in history)
-        and not any(map(torch.any, B))
-    ):
+    learned = any(row["groups_mixed"] for row in history)
+    if len(history) == 3 and learned and not any(p.any() for p in B):
         tqdm.write("WARNING: LoRA's B is still zero after 3 steps: no gradient reaches it")
 
 
@@ -307,15 +290,13 @@ def summary(folder, history, s: Settings):
     evals = read_rows(folder / "evals.jsonl")
     mean = lambda key, rows: sum(row[key] for row in rows) / max(1, len(rows))  # noqa: E731
     print(f"\n{'':22}{'before':>23}{'after':>23}")
-    for key in main_rates(evals[0]):
-        cells = [rate_with_interval(result, key) for result in (evals[0], evals[-1])]
+    for key in rates(evals[0]):
+        cells = [with_interval(result, key) for result in (evals[0], evals[-1])]
         print(f"{'held-out ' + key:22}{cells[0]:>23}{cells[1]:>23}")
     first, last = (f"{mean('reward', rows):.3f}" for rows in (history[:5], history[-5:]))
     print(f"{'reward, 5 steps':22}{first:>23}{last:>23}")
     spread = [f"{mean(key, history):.3f}" for key in ("gini", "effective_token_ratio")]
-    print(
-        f"\n{s.credit} weights: Gini {spread[0]}, effective-token ratio {spread[1]} (mean of steps)"
-    )
+    print(f"\n{s.credit}: Gini {spread[0]}, effective-token ratio {spread[1]} (mean of the steps)")
     print(f"run folder: {folder}\nnext: python credit.py {folder}  (shows which tokens were paid)")
     other = "uniform" if s.credit != "uniform" else "arca"
     print(f"      python train.py --credit {other}  (the same run with another rule)")
@@ -334,14 +315,13 @@ def main():
         write_config(folder, s, model)
     trained = list(lora_parameters(model).values())
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, s.beta2), weight_decay=0.0)
-    done = restore(folder, model, optimizer) if resume else 0
+    done = restore(folder, optimizer) if resume else 0
     history = read_rows(folder / "metrics.jsonl")
-    count = f"{sum(p.numel() for p in trained):,}"
-    print(
-        f"{s.credit} on {s.model}, {count} LoRA parameters, {note}, run folder {folder}", flush=True
-    )
+    print(f"{s.credit} on {s.model}: {sum(p.numel() for p in trained):,} LoRA parameters, {note}")
+    print(f"run folder {folder}", flush=True)
     if not done:
         evaluate_step(model, tokenizer, held_out, s, 0, folder)
+    accuracy = read_rows(folder / "evals.jsonl")[-1]["greedy"]
 
     bar = tqdm(range(done + 1, s.steps + 1), disable=not sys.stderr.isatty(), dynamic_ncols=True)
     for step in bar:
@@ -358,14 +338,14 @@ def main():
         metrics.update(seconds_rollout=sampled - started, seconds_update=ended - sampled)
         append(folder / "metrics.jsonl", metrics)
         history.append(metrics)
-        show(bar, metrics)
+        show(bar, metrics, accuracy)
         warn(history, model)
         if step % 10 == 1:
             keep_samples(r, m, advantages, tokenizer, step, folder)
         if step % s.save_every == 0 or step == s.steps:
             save(folder, model, optimizer, step, s)
         if step == s.steps or (s.eval_every and step % s.eval_every == 0):
-            evaluate_step(model, tokenizer, held_out, s, step, folder)
+            accuracy = evaluate_step(model, tokenizer, held_out, s, step, folder)
     summary(folder, history, s)
 
 
