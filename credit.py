@@ -153,7 +153,7 @@ def main():
     path = Path(args.run) / "samples.jsonl"
     if not path.is_file():
         raise UserError(f"{path} is missing: give the folder of a run of train.py")
-    for line in path.read_text(encoding="utf-8").splitlines()[-args.last :]:
+    for line in path.read_text(encoding="utf-8").splitlines()[-max(1, args.last) :]:
         sample = json.loads(line)
         m = torch.tensor([sample["weights"]])
         spread = f"Gini {gini(m, torch.ones_like(m)).item():.2f}"

@@ -47,6 +47,7 @@ REWRITES += [(r"\$", ""), ("$", ""), (r"\%", "%"), (r"^\circ", ""), (r"^{\circ}"
 REWRITES += [(r"\cdot", "*"), (r"\times", "*")]
 NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)%?")
 RATIO = re.compile(r"([+-]?)([+-]?\d+)/([+-]?\d+)")
+NAMED = re.compile(r"(?:([a-z]|\(x,y\))(?:=|\\in))?(.*)", re.DOTALL)
 BRACKETS = "(["
 
 
@@ -55,13 +56,13 @@ def normalise(answer: str) -> str:
     for old, new in REWRITES:
         answer = answer.replace(old, new)
     answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", answer)
-    answer = re.sub(r"\s+", "", answer).rstrip(".")
+    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer).rstrip(".")  # 3 1/2 is not 31/2
     answer = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", answer)
-    answer = re.sub(r"(?<![\d}])\\frac\{([+-]?\d+)\}\{([+-]?\d+)\}", r"\1/\2", answer)
+    answer = re.sub(r"(?<![\w}^ ])\\frac\{([+-]?\d+)\}\{([+-]?\d+)\}(?![\w{^])", r"\1/\2", answer)
     answer = re.sub(r"(?<=\d)\{,\}(?=\d{3})", ",", answer)
     if re.fullmatch(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?", answer):  # 12,345; but 1,23 is a list
         answer = answer.replace(",", "")
-    return re.sub(r"^(?:[a-z]|\(x,y\))(?:=|\\in)(?=.)", "", answer)  # x=5 says 5
+    return answer
 
 
 def as_number(text: str) -> Fraction | None:
@@ -103,10 +104,11 @@ def same_answer(a: str, b: str) -> bool:
 
 def verify(completion: str, gold: str, strict=True) -> bool:
     """Whether a completion's answer is the gold one. Never raises; linear in the text's length."""
-    answer = extract_answer(str(completion), strict)
+    answer, gold = extract_answer(str(completion), strict), str(gold)
     if answer is None or len(answer) > MAX_ANSWER or len(gold) > MAX_ANSWER:
         return False
-    return same_answer(normalise(answer), normalise(gold))
+    (name, a), (other, b) = (NAMED.fullmatch(normalise(x)).groups() for x in (answer, gold))
+    return same_answer(a, b) and (name == other or not (name and other))  # x=5 says 5, y=5 does not
 
 
 # ---- Counting ------------------------------------------------------------------------------------

@@ -182,7 +182,8 @@ def policy_objective(logps, advantages, old_logps=None, clip_low=0.2, clip_high=
 
 
 def kl_k3(logps, ref_logps):
-    """k3 of KL(pi || ref) at samples of pi: r - 1 - log r, r = ref / pi (Schulman, joschu.net)."""
+    """Schulman's k3 of KL(pi || ref) at samples of pi: r - 1 - log r with r = ref / pi. As a loss
+    its expected gradient is that of KL(ref || pi); GRPO's paper uses it so (arXiv 2402.03300)."""
     log_ratio = ref_logps - logps
     return log_ratio.exp() - 1 - log_ratio
 

@@ -66,7 +66,7 @@ def as_problem(row, where: str) -> dict:
     """A row of any data set as a problem; UserError says where the row is that is none."""
     text = row.get("problem", row.get("question")) if isinstance(row, dict) else None
     answer = gold_answer(row) if isinstance(row, dict) else None
-    if not isinstance(text, str) or not text.strip() or not answer:
+    if not isinstance(text, str) or not text.strip() or answer is None:
         raise UserError(
             f"{where} is not a problem: it needs `problem`, and `answer` or a boxed `solution`"
         )
@@ -76,16 +76,14 @@ def as_problem(row, where: str) -> dict:
 def read_jsonl(path: Path) -> list[dict]:
     problems = []
     try:
-        lines = path.read_text(encoding="utf-8").split(
-            "\n"
-        )  # not splitlines: a problem may hold U+2028
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): give a JSONL file") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would split at U+2028 too
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise UserError(f"{path}, line {number} is not JSON: mend or remove it") from None
             problems.append(as_problem(row, f"{path}, line {number}"))
     return problems
@@ -116,9 +114,12 @@ def load_problems(source: str, split="train") -> list[dict]:
         problems = read_jsonl(Path(source))
     else:
         raise UserError(f"no data {source}: give a JSONL file, or one of tiny, {', '.join(HUB)}")
-    if not problems:
+    gradable = [p for p in problems if p["answer"]]  # two of MATH's solutions end in an empty box
+    if not gradable:
         raise UserError(f"{source} holds no problems: give another file")
-    return problems
+    if len(gradable) < len(problems):
+        print(f"{source}: left out {len(problems) - len(gradable)} problems with an empty answer")
+    return gradable
 
 
 def load_split(train_source, test_source, tokenizer, chat, max_prompt_tokens, max_test):
