@@ -1,10 +1,9 @@
 """Token credit: how much of a completion's advantage each of its tokens gets.
 
-A rule turns what is known of the tokens into scores s_t >= 0. Within a completion of T tokens the
-scores become weights w_t = s_t^p / sum_k s_k^p (p is the sharpening), and token t gets the
-advantage A * m_t with m_t = T w_t. The multipliers have mean one, so a rule moves credit between
-the tokens of a completion and never changes how much the completion counts; `uniform` is m = 1,
-plain GRPO.
+A rule turns what is known of the tokens into scores s_t >= 0. Within a completion of T tokens they
+become weights w_t = s_t^p / sum_k s_k^p (p is the sharpening), and token t gets the advantage A m_t
+with m_t = T w_t. The multipliers have mean one: a rule moves credit within a completion and never
+changes how much the completion counts. `uniform` is m = 1, plain GRPO.
 
     python credit.py runs/NAME        # shows the weights of the completions that a run has kept
 
@@ -136,15 +135,6 @@ def effective_token_ratio(m, mask):
     return (w.sum(dim=1) ** 2 / (length * (w**2).sum(dim=1))).float()
 
 
-def shade(tokens, weights) -> str:
-    """Text for a terminal: the darker a token's background, the more credit it gets."""
-    text = ""
-    for token, weight in zip(tokens, weights, strict=True):
-        level = 255 - min(15, int(4 * weight))  # 232 ... 255 are the terminal's greys
-        text += f"\033[48;5;{level}m\033[38;5;16m{token}\033[0m"
-    return text
-
-
 def main():
     parser = argparse.ArgumentParser(description="Show the token weights that a run has kept.")
     parser.add_argument("run", help="a run folder, such as runs/NAME")
@@ -156,9 +146,12 @@ def main():
     for line in path.read_text(encoding="utf-8").splitlines()[-max(1, args.last) :]:
         sample = json.loads(line)
         m = torch.tensor([sample["weights"]])
-        spread = f"Gini {gini(m, torch.ones_like(m)).item():.2f}"
-        print(f"step {sample['step']}, reward {sample['reward']:g}, {spread}: {sample['problem']}")
-        print(shade(sample["tokens"], sample["weights"]), "\n")
+        spread = f"reward {sample['reward']:g}, Gini {gini(m, m >= 0).item():.2f}"
+        print(f"step {sample['step']}, {spread}: {sample['problem']}")
+        for token, weight in zip(sample["tokens"], sample["weights"], strict=True):
+            grey = 255 - min(15, int(4 * weight))  # the more credit, the darker the background
+            print(f"\033[48;5;{grey}m\033[38;5;16m{token}\033[0m", end="")
+        print("\n")
 
 
 if __name__ == "__main__":

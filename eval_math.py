@@ -11,7 +11,6 @@ import re
 from fractions import Fraction
 
 from data.problems import last_boxed, load_problems, prompt_text
-from lora import load_adapter
 from model import run_cli
 from sample import add_flags, generate, load_base
 
@@ -48,7 +47,6 @@ REWRITES += [(r"\cdot", "*"), (r"\times", "*")]
 NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)%?")
 RATIO = re.compile(r"([+-]?)([+-]?\d+)/([+-]?\d+)")
 NAMED = re.compile(r"(?:([a-z]|\(x,y\))(?:=|\\in))?(.*)", re.DOTALL)
-BRACKETS = "(["
 
 
 def normalise(answer: str) -> str:
@@ -95,7 +93,7 @@ def same_value(a: str, b: str) -> bool:
 
 def same_answer(a: str, b: str) -> bool:
     """Equality of two normalised answers: as a whole, or part by part for tuples and intervals."""
-    if a[:1] in BRACKETS and b[:1] in BRACKETS and a and b:
+    if a.startswith(("(", "[")) and b.startswith(("(", "[")):
         parts, others = split_list(a[1:-1]), split_list(b[1:-1])
         same_kind = (a[0], a[-1], len(parts)) == (b[0], b[-1], len(others))  # (0,1] is not [0,1)
         return same_kind and all(map(same_value, parts, others))
@@ -124,12 +122,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def wilson(mean: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a mean over n problems of values in [0, 1] (exact for 0 and 1)."""
-    z = 1.959964
-    center, spread = (
-        mean + z * z / (2 * n),
-        z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)),
-    )
-    return (center - spread) / (1 + z * z / n), (center + spread) / (1 + z * z / n)
+    a = 1.959964**2 / n  # the squared normal quantile, per problem
+    center, spread = mean + a / 2, math.sqrt(a * (mean * (1 - mean) + a / 4))
+    return (center - spread) / (1 + a), (center + spread) / (1 + a)
 
 
 def evaluate(model, tokenizer, prompts, golds, samples, max_new_tokens, temperature, top_p, seed):
@@ -169,26 +164,24 @@ def with_interval(result, key) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description="Greedy accuracy and pass@k on math problems.")
-    counts = dict(problems=(500, "the first so many"), samples=(4, "for pass@k; 0: greedy only"))
-    limits = dict(max_new_tokens=(128, "longer completions are cut off"))
-    add_flags(parser, **counts, **limits, temperature=(1.0, "of pass@k"), top_p=(1.0, "of pass@k"))
-    args = parser.parse_args()
-    model, tokenizer = load_base(args)
-    if args.adapter:
-        load_adapter(model, args.adapter)
-    problems = load_problems(args.data, "test")[: args.problems]
-    prompts = [tokenizer.encode(prompt_text(p["problem"], args.chat)) for p in problems]
+    flags = dict(problems=(500, "the first so many"), samples=(4, "for pass@k; 0: greedy only"))
+    flags |= dict(max_new_tokens=(128, "longer completions are cut off"))
+    add_flags(parser, flags | dict(temperature=(1.0, "of pass@k"), top_p=(1.0, "of pass@k")))
+    s = parser.parse_args()
+    model, tokenizer = load_base(s)
+    problems = load_problems(s.data, "test")[: s.problems]
+    prompts = [tokenizer.encode(prompt_text(p["problem"], s.chat)) for p in problems]
     golds = [p["answer"] for p in problems]
-    sampling = (args.samples, args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    sampling = (s.samples, s.max_new_tokens, s.temperature, s.top_p, s.seed)
     result, _, right = evaluate(model, tokenizer, prompts, golds, *sampling)
-    print(f"{args.data}: {len(golds)} problems, 95 % intervals in brackets")
+    print(f"{s.data}: {len(golds)} problems, 95 % intervals in brackets")
     for key in rates(result):
         print(f"{key:8} {with_interval(result, key)}")
     print(f"{100 * result['boxed']:.1f} % of the greedy completions give a boxed answer and end")
-    for field in ("level", "subject", "type", "kind"):
-        for value in sorted({str(p[field]) for p in problems if field in p}):
-            hits = [r for r, p in zip(right, problems, strict=True) if str(p.get(field)) == value]
-            print(f"  {field} {value:24} {sum(hits):4} of {len(hits):4} greedy")
+    for name in ("level", "subject", "type", "kind"):
+        for value in sorted({str(p[name]) for p in problems if name in p}):
+            hits = [r for r, p in zip(right, problems, strict=True) if str(p.get(name)) == value]
+            print(f"  {name} {value:24} {sum(hits):4} of {len(hits):4} greedy")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 """GRPO with token credit: rollouts, advantages, token log-probs, the loss, one update.
 
-What a textbook PPO has and this has not: no value model (the group's mean is the baseline), no
-reference model (the base path of the LoRA model is one), no ratio and no clip while a rollout is
-used once (the policy that is trained is the one that sampled, so the ratio is 1), and by default no
-KL penalty. What is left is REINFORCE with a group baseline, where token t of completion i counts
+What a textbook PPO has and this has not: a value model (the group's mean is the baseline), a model
+for reference (the LoRA model's base path is one), ratio and clip while a rollout is used once (what
+is trained is what sampled), and by default a KL penalty. What is left is REINFORCE:
 
     loss = - mean_i (1 / T_i) sum_t  A_i * m_it * log pi(y_it | x, y_i<t)
 
-and m, the credit of credit.py, is all that the methods differ in.
-
-Normalisers are those of the whole step, so micro-batches add up to the same gradient however they
-are cut. Every metric is over all the rollouts of the step, those without a gradient included.
+where m, the credit of credit.py, is all that the methods differ in. Normalisers are those of the
+whole step, so that micro-batches add up to the same gradient however they are cut, and every metric
+is over all the rollouts of the step, those without a gradient included.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -115,17 +114,16 @@ class Batch:
 
 def make_batch(r: Rollout, rows, device) -> Batch:
     """The given rows of a rollout as a Batch on the device."""
-    c, G = r.completions, r.rewards.shape[1]
-    lengths = c.lengths[rows]  # (b,)
+    c, G, lengths = r.completions, r.rewards.shape[1], r.completions.lengths[rows]  # (b,)
     T = int(lengths.max())
-    prompts = [torch.tensor(r.prompts[row // G]) for row in rows.tolist()]
-    ends = [c.tokens[row, :n] for row, n in zip(rows.tolist(), lengths.tolist(), strict=True)]
-    both = [torch.cat(pair) for pair in zip(prompts, ends, strict=True)]
-    columns = torch.arange(T)
+    prompts = [r.prompts[row // G] for row in rows.tolist()]
     starts = torch.tensor([len(p) for p in prompts])[:, None]  # (b, 1) where the completion starts
+    columns = torch.arange(T)
     mask = columns < lengths[:, None]
     # The last token predicts nothing that was drawn, so it need not be read: ids stop before it.
-    ids = pad_sequence([row[:-1] for row in both], batch_first=True)
+    ends = [c.tokens[row, : n - 1] for row, n in zip(rows, lengths, strict=True)]
+    both = [torch.cat([torch.tensor(p), end]) for p, end in zip(prompts, ends, strict=True)]
+    ids = pad_sequence(both, batch_first=True)
     at = (starts - 1 + columns).clamp(max=ids.shape[1] - 1)
     fields = (ids, at, c.tokens[rows, :T], mask, c.logps[rows, :T])
     return Batch(*(field.to(device) for field in fields))
@@ -170,9 +168,8 @@ def signals(model, b: Batch, wanted, temperature):
 def policy_objective(logps, advantages, old_logps=None, clip_low=0.2, clip_high=0.28):
     """What a token adds to the objective that is maximised, elementwise.
 
-    Without old log-probs it is A log pi, whose gradient is the policy gradient. With them it is
-    PPO's min(ratio A, clip(ratio, 1 - low, 1 + high) A) (arXiv 1707.06347, eq. 7; the two bounds
-    are DAPO's, arXiv 2503.14476).
+    Without old log-probs A log pi, whose gradient is the policy gradient. With them PPO's min(ratio
+    A, clip(ratio, 1 - low, 1 + high) A) (arXiv 1707.06347, eq. 7; two bounds: arXiv 2503.14476).
     """
     if old_logps is None:
         return advantages * logps
@@ -202,10 +199,9 @@ def micro_batches(r: Rollout, chosen, budget):
 
 def clip_gradients(parameters, limit):
     """Scale the gradients so that their joint L2 norm is at most `limit`; returns what it was."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.stack([g.norm() for g in gradients]).norm()
-    for g in gradients:
-        g.mul_((limit / norm).clamp(max=1))
+    norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+    for p in parameters:
+        p.grad.mul_((limit / norm).clamp(max=1))
     return norm.item()
 
 
@@ -230,16 +226,13 @@ def add_gradient(model, r: Rollout, rows, advantages, per_row, s, wanted):
     return loss.item(), known
 
 
-def merge(known, rows, part: credit.Signals, shape):
+def merge(known: credit.Signals, rows, part: credit.Signals):
     """Put the signals of some rows where they belong among those of the whole step, on the CPU."""
-    known = known or credit.Signals(torch.zeros(shape, dtype=torch.bool))
     for name, value in vars(part).items():
         if value is not None:
-            whole = getattr(known, name)
-            whole = torch.zeros(shape) if whole is None else whole
-            whole[rows, : value.shape[1]] = value.cpu().to(whole.dtype)
-            setattr(known, name, whole)
-    return known
+            if getattr(known, name) is None:
+                setattr(known, name, torch.zeros(known.mask.shape))
+            getattr(known, name)[rows, : value.shape[1]] = value.cpu()
 
 
 def measure(r: Rollout, known: credit.Signals, m, s):
@@ -263,12 +256,11 @@ def measure(r: Rollout, known: credit.Signals, m, s):
     )
     if s.kl > 0:
         metrics["kl"] = kl_k3(known.logp, known.ref_logp)[mask].mean()
-    for method in credit.METHODS if s.compare_rules else ():
-        for p in (1.0, 2.0):
-            other = credit.token_weights(method, known, p)
-            metrics[f"gini/{method}/{p:g}"] = credit.gini(other, mask).mean()
-            ratio = credit.effective_token_ratio(other, mask).mean()
-            metrics[f"effective_token_ratio/{method}/{p:g}"] = ratio
+    for method, p in itertools.product(credit.METHODS, (1, 2) if s.compare_rules else ()):
+        other = credit.token_weights(method, known, p)
+        metrics[f"gini/{method}/{p}"] = credit.gini(other, mask).mean()
+        ratio = credit.effective_token_ratio(other, mask)
+        metrics[f"effective_token_ratio/{method}/{p}"] = ratio.mean()
     return {name: value.item() for name, value in metrics.items()}
 
 
@@ -284,7 +276,8 @@ def update(model, optimizer, r: Rollout, advantages, s):
     # The normalisers of the whole step: a completion counts 1 / B, or a token 1 / all tokens.
     seq, token = 1 / (len(lengths) * lengths), torch.ones(len(lengths)) / lengths.sum()
     per_row = seq if s.aggregate == "seq" else token
-    known, metrics = None, dict(loss=0.0, grad_norm=0.0, skipped=0)
+    known = credit.Signals(torch.zeros(r.completions.tokens.shape, dtype=torch.bool))
+    metrics = dict(loss=0.0, grad_norm=0.0, skipped=0)
     for turn in range(s.updates):
         idle = (advantages == 0) & (s.kl == 0)  # groups without spread: no gradient, so no backward
         batches = micro_batches(r, ~idle, s.micro_tokens)
@@ -294,7 +287,7 @@ def update(model, optimizer, r: Rollout, advantages, s):
             loss, part = add_gradient(model, r, rows, advantages, per_row, s, wanted)
             if turn == 0:
                 metrics["loss"] += loss
-                known = merge(known, rows, part, r.completions.tokens.shape)
+                merge(known, rows, part)
         if not idle.all():
             metrics["grad_norm"] = clip_gradients(parameters, s.grad_clip)
             if math.isfinite(metrics["grad_norm"]) and math.isfinite(metrics["loss"]):

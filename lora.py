@@ -21,8 +21,9 @@ from model import UserError, check_tensors, read_json
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # what PEFT puts before each of our names
 # What PEFT offers beyond this layer. An adapter that uses one of these is refused by name.
-UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
-UNSUPPORTED += ("lora_bias", "layer_replication", "trainable_token_indices", "target_parameters")
+UNSUPPORTED = ["use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"]
+UNSUPPORTED += ["lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens"]
+UNSUPPORTED += ["trainable_token_indices"]
 
 
 class LoRALinear(nn.Module):

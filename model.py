@@ -22,9 +22,7 @@ from tokenizers import Tokenizer as TokenizerFile
 
 INDEX = "model.safetensors.index.json"  # which file of a sharded checkpoint holds what
 HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "model*.safetensors", INDEX]
-FAMILIES = {"qwen3": dict(qkv_bias=False, qk_norm=True)}  # by model_type
-FAMILIES |= {"qwen2": dict(qkv_bias=True, qk_norm=False)}
-FAMILIES |= {"llama": dict(qkv_bias=False, qk_norm=False)}
+FAMILIES = dict(qwen3=(False, True), qwen2=(True, False), llama=(False, False))  # bias, norm
 
 
 class UserError(Exception):
@@ -76,18 +74,19 @@ class Config:
         refused = {
             "rope scaling": (rope.get("rope_type") or rope.get("type", "default")) != "default",
             "a sliding window": raw.get("use_sliding_window") or "sliding_attention" in layers,
-            "attention_bias": raw.get("attention_bias") and not FAMILIES[family]["qkv_bias"],
+            "attention_bias": raw.get("attention_bias") and not FAMILIES[family][0],
             f"hidden_act {act}": act != "silu",
         }
         if asks := [what for what, present in refused.items() if present]:
             raise UserError(f"config.json asks for {asks[0]}, which is not supported")
-        c = {f.name: raw.get(f.name) for f in fields(cls)} | FAMILIES[family]
+        c = {f.name: raw.get(f.name) for f in fields(cls)}
+        c["qkv_bias"], c["qk_norm"] = FAMILIES[family]
         c["rope_theta"] = rope.get("rope_theta") or c["rope_theta"]
         c["tie_word_embeddings"] = bool(c["tie_word_embeddings"])
         c["num_key_value_heads"] = c["num_key_value_heads"] or heads
-        if c["head_dim"] is None and c["hidden_size"]:
-            c["head_dim"] = 128 if family == "qwen3" else c["hidden_size"] // heads
-        if absent := [name for name, value in c.items() if value is None]:
+        width = 128 if family == "qwen3" else (c["hidden_size"] or 0) // heads
+        c["head_dim"] = c["head_dim"] or width
+        if absent := [name for name, value in c.items() if not (value or value is False)]:
             raise UserError(f"config.json has no {absent[0]}: is it a {family} checkpoint's?")
         if heads % c["num_key_value_heads"] or c["head_dim"] % 2:
             raise UserError("config.json: key-value heads must divide heads, head_dim must be even")
@@ -212,9 +211,8 @@ class Qwen3(nn.Module):
 
 
 class KVCache:
-    """Keys and values of all layers, preallocated, with a length for each row. Prompts go in
-    right-padded; setting `lengths` to the true ones then makes the next tokens overwrite the
-    padding before anything can read it."""
+    """Keys and values of all layers, preallocated, and a length for each row. Prompts go in right-
+    padded; once `lengths` is set to the true ones, later tokens overwrite the padding unread."""
 
     def __init__(self, c: Config, rows, capacity, device, dtype):
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, capacity, c.head_dim)
@@ -250,16 +248,14 @@ class KVCache:
 # ---- Checkpoints in Hugging Face layout ----------------------------------------------------------
 
 
-def hub_folder(repo, patterns, revision=None, repo_type="model") -> Path:
+def hub_folder(repo, revision=None, **what) -> Path:
     """Download those files of a Hub repository, unless they are cached; returns their folder."""
     try:
         from huggingface_hub import snapshot_download  # slow to import, and only needed here
 
-        options = dict(revision=revision or None, repo_type=repo_type, allow_patterns=patterns)
-        return Path(snapshot_download(repo, **options))
-    except Exception as error:  # several libraries raise here; the first line says what happened
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot get {repo} from the Hub, nor from its cache: {reason}") from None
+        return Path(snapshot_download(repo, revision=revision or None, **what))
+    except Exception as error:  # several libraries raise here
+        raise UserError(f"cannot get {repo} from the Hub: {str(error)[:200]}") from None
 
 
 def checkpoint_folder(path_or_id, revision=None) -> Path:
@@ -269,7 +265,7 @@ def checkpoint_folder(path_or_id, revision=None) -> Path:
         return Path(name)
     if name.count("/") != 1 or name[0] in "./~" or Path(name).exists():
         raise UserError(f"no model folder {name}: give one, or a Hub id such as Qwen/Qwen3-0.6B")
-    return hub_folder(name, HUB_FILES, revision)
+    return hub_folder(name, revision, allow_patterns=HUB_FILES)
 
 
 def read_json(path) -> dict:
@@ -339,13 +335,15 @@ class Tokenizer:
 def load_tokenizer(path_or_id, revision=None) -> Tokenizer:
     """From a folder or Hub id; eos_ids are generation_config.json's, else config.json's."""
     folder = checkpoint_folder(path_or_id, revision)
-    eos = read_json(folder / "config.json").get("eos_token_id")
-    if (folder / "generation_config.json").exists():
-        eos = read_json(folder / "generation_config.json").get("eos_token_id", eos)
+    files = [folder / name for name in ("generation_config.json", "config.json")]
+    said = [read_json(file).get("eos_token_id") for file in files if file.exists()]
+    eos = next((ids for ids in said if ids is not None), None)
     if eos is None:
         raise UserError(f"{folder}: no eos_token_id in config.json or generation_config.json")
     try:
         file = TokenizerFile.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+    file.no_truncation()  # neither is part of what a text's tokens are
+    file.no_padding()
     return Tokenizer(file, [eos] if isinstance(eos, int) else list(eos))

@@ -41,15 +41,11 @@ class Completions:
         return [tokenizer.decode(row[:end]) for row, end in rows]
 
 
-def stream(*key):
-    """The random stream that belongs to a key: numbers, strings, lists of them."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
-
-
 def uniforms(seed, step, prompt, sample, length):
     """The uniforms of one completion: float64 (length,) in [0, 1); more of them start the same."""
-    return stream(seed, step, list(prompt), sample).random(length)
+    key = repr((int(seed), int(step), [int(t) for t in prompt], int(sample))).encode()
+    key = int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little")
+    return np.random.Generator(np.random.Philox(key=key)).random(length)
 
 
 def cut(probs, top_p=1.0, top_k=0):
@@ -84,11 +80,11 @@ def draw(logits, u, temperature=1.0, top_p=1.0, top_k=0):
 
 @torch.no_grad()
 def decode(model, prompts, u, eos_ids, temperature, top_p, top_k):
-    """Write len(u) / P completions of each of P prompts token by token; u is (B, T) uniforms.
-
-    A generator over positions. It yields the rows still in the batch, their tokens and log-probs,
-    and which of them had ended before (four tensors of shape (b,)).
-    """
+    """Write B / P completions of each of P prompts token by token; u is (B, T) uniforms. Yields for
+    each position the rows still in the batch, their tokens and log-probs, and which of them had
+    ended before (four tensors of shape (b,))."""
+    if temperature < 0 or not top_p > 0 or not all(prompts):
+        raise UserError("nothing to sample: no prompt, a negative temperature or a top-p of 0")
     device, P = model.device, len(prompts)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
@@ -135,10 +131,10 @@ def generate(
 ) -> Completions:
     """n completions of each prompt (token ids), each ended by one of eos_ids or by max_new_tokens.
 
-    At most max_rows rows are in memory at a time, which changes nothing. Results are on the CPU.
+    About max_rows rows are in memory at a time, which changes nothing. Results are on the CPU.
     """
-    if not all(prompts) or min(n, max_new_tokens) < 1:
-        raise UserError("nothing to sample: prompts must not be empty, nor n or max_new_tokens 0")
+    if min(n, max_new_tokens) < 1:
+        raise UserError("nothing to sample: n and max_new_tokens must be 1 or more")
     device, B = model.device, len(prompts) * n
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(B, max_new_tokens, device=device)
@@ -162,19 +158,17 @@ def generate(
 # ---- The command line, and what it shares with eval_math.py and train.py -------------------------
 
 
-def add_flags(parser, **defaults):
-    """The flags that sample.py and eval_math.py share; `defaults` differ between the two."""
-    parser.add_argument("--model", default=str(TINY), help="a checkpoint folder or a Hub id")
-    parser.add_argument("--revision", default="", help="branch, tag or commit of the Hub id")
-    parser.add_argument("--adapter", default="", help="a PEFT adapter, such as runs/NAME/adapter")
-    parser.add_argument("--data", default="tiny", help="tiny, math, math500, gsm8k or a JSONL file")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--dtype", default="auto", help="auto (fp32 on CPU, bf16 on GPU), fp32, bf16"
-    )
+FLAGS = dict(model=(str(TINY), "a checkpoint folder or a Hub id"))  # name: (default, help)
+FLAGS |= dict(revision=("", "branch, tag or commit of the Hub id"))
+FLAGS |= dict(adapter=("", "a PEFT adapter, such as runs/NAME/adapter"))
+FLAGS |= dict(data=("tiny", "tiny, math, math500, gsm8k or a JSONL file"))
+FLAGS |= dict(device=("auto", "cpu, cuda, ..."), dtype=("auto", "fp32, bf16"), seed=(1, "of all"))
+
+
+def add_flags(parser, flags):
+    """FLAGS, which sample.py and eval_math.py share, and more of the kind."""
     parser.add_argument("--chat", action="store_true", help="prompt as a chat turn (ChatML)")
-    parser.add_argument("--seed", type=int, default=1, help="of everything that is random")
-    for name, (default, text) in defaults.items():
+    for name, (default, text) in (FLAGS | flags).items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(default), default=default, help=text)
 
@@ -182,8 +176,8 @@ def add_flags(parser, **defaults):
 def load_base(s):
     """The frozen model and tokenizer that these flags, or the Settings of train.py, ask for."""
     dtypes = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
-    device = "cuda" if s.device == "auto" and torch.cuda.is_available() else s.device
-    device = "cpu" if device == "auto" else device
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best if s.device == "auto" else s.device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
@@ -196,27 +190,25 @@ def load_base(s):
         raise UserError(f"{s.model}: the tokenizer has more tokens than the model's vocabulary")
     if s.chat and tokenizer.file.token_to_id("<|im_start|>") is None:
         raise UserError("--chat: this tokenizer has no <|im_start|>, so the model knows no ChatML")
+    if getattr(s, "adapter", ""):
+        load_adapter(model, s.adapter)
     return model, tokenizer
 
 
 def main():
     parser = argparse.ArgumentParser(description="Ask a model a math problem.")
     parser.add_argument("problem", nargs="?", help="without it: problems of --data")
-    lengths = dict(samples=(1, "completions a problem"), problems=(3, "how many of --data"))
-    cuts = dict(temperature=(0.0, "0: the likeliest"), top_p=(1.0, "nucleus"), top_k=(0, "0: all"))
-    add_flags(parser, **lengths, max_new_tokens=(256, "longer ones are cut off"), **cuts)
+    flags = dict(samples=(1, "completions a problem"), problems=(3, "how many of --data"))
+    flags |= dict(max_new_tokens=(256, "longer ones are cut off"), temperature=(0.0, "0: greedy"))
+    add_flags(parser, flags | dict(top_p=(1.0, "nucleus"), top_k=(0, "likeliest; 0: all")))
     s = parser.parse_args()
     model, tokenizer = load_base(s)
-    if s.adapter:
-        load_adapter(model, s.adapter)
-    problems = [dict(problem=s.problem)]
-    if not s.problem:
-        problems = load_problems(s.data, "test")[: s.problems]
+    problems = [dict(problem=s.problem)] if s.problem else load_problems(s.data, "test")
     count, started = 0, time.perf_counter()
-    for p in problems:
+    for p in problems[: s.problems]:
         prompt = tokenizer.encode(prompt_text(p["problem"], s.chat))
         for sample in range(s.samples):
-            print(f"\n{p['problem']}" + f"  (gold: {p['answer']})" * ("answer" in p))
+            print(f"\n{p['problem']}" + (f"  (gold: {p['answer']})" if "answer" in p else ""))
             u = uniforms(s.seed, 0, prompt, sample, s.max_new_tokens)[None]
             ids, shown, stop = [], "", tokenizer.eos_ids
             for _, token, _, _ in decode(model, [prompt], u, stop, s.temperature, s.top_p, s.top_k):

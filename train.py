@@ -25,12 +25,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import credit
-from data.problems import TINY, load_split
+from data.problems import TINY, load_split, problems_of_step
 from eval_math import evaluate, rates, with_interval
 from grpo import group_advantages, rollout, update
 from lora import add_lora, load_adapter, lora_parameters, save_adapter
 from model import UserError, read_json, run_cli
-from sample import load_base, stream
+from sample import load_base
 
 
 def setting(default, help):
@@ -44,7 +44,6 @@ class Settings:
     credit: str = setting("arca", f"token-credit rule: {', '.join(credit.METHODS)}")
     sharpening: float = setting(1.0, "exponent on a rule's scores before they are normalised")
     preset: str = setting("", "'paper' for the settings of the ARCA paper")
-    # the model and its problems
     model: str = setting(str(TINY), "a checkpoint folder or a Hub id")
     revision: str = setting("", "branch, tag or commit of the Hub id")
     chat: bool = setting(False, "prompt as a chat turn (ChatML), for instruction-tuned models")
@@ -78,9 +77,7 @@ class Settings:
     # the run
     seed: int = setting(1, "of everything that is random")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = setting(
-        "auto", "of the frozen weights: auto (fp32 on CPU, bf16 on GPU), fp32, bf16"
-    )
+    dtype: str = setting("auto", "of the frozen weights: fp32, bf16, or auto (fp32 on CPU)")
     out: str = setting("", "the run folder; default: runs/ and what the run does")
     save_every: int = setting(20, "steps between checkpoints")
     compare_rules: bool = setting(False, "log the concentration of every rule's weights as well")
@@ -98,12 +95,10 @@ def parse_settings():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     for f in fields(Settings):
-        options = dict(default=argparse.SUPPRESS, help=f.metadata["help"])
-        if isinstance(f.default, bool):
-            options.update(action="store_true")
-        else:
-            options.update(type=type(f.default), metavar=f.default if f.default != "" else "''")
-        parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
+        options = dict(type=type(f.default), metavar=repr(f.default))
+        options = dict(action="store_true") if isinstance(f.default, bool) else options
+        flag, text = f"--{f.name.replace('_', '-')}", f.metadata["help"]
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
     given = vars(parser.parse_args())
     resume, preset = given.pop("resume"), given.get("preset", "")
     if preset not in PRESETS:
@@ -115,32 +110,19 @@ def parse_settings():
             if stored.get(name) != given[name]:
                 raise UserError(f"{s.out} has {name} = {stored.get(name)}, not {given[name]}")
         s = Settings(**stored | dict(out=s.out, device=s.device))
-    check(s)
-    return s, resume
-
-
-def check(s: Settings):
-    """UserError on settings that cannot work."""
-    credit.needs(s.credit)
+    credit.needs(s.credit)  # a UserError if there is no such rule, and so on
     group_advantages(torch.zeros(1, 2), s.advantage)
     if s.aggregate not in ("seq", "token"):
         raise UserError(f"no aggregate {s.aggregate!r}: use seq or token")
     if s.samples < 2:
         raise UserError("GRPO compares the samples of a problem: use --samples 2 or more")
-    counts = ["steps", "prompts", "max_prompt_tokens", "max_new_tokens", "eval_problems", "updates"]
-    counts += ["micro_tokens", "save_every", "temperature", "top_p", "lr", "sharpening", "alpha"]
-    for name in counts:
+    positive = "rank steps prompts updates max_prompt_tokens max_new_tokens eval_problems lr alpha"
+    for (
+        name
+    ) in f"{positive} micro_tokens save_every temperature top_p sharpening grad_clip".split():
         if not 0 < getattr(s, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)} is not positive")
-
-
-def problems_of_step(train, s: Settings, step):
-    """The problems of step 1, 2, ...; each epoch is a shuffle that depends on (seed, epoch)."""
-    chosen = []
-    for i in range((step - 1) * s.prompts, step * s.prompts):
-        epoch, place = divmod(i, len(train))
-        chosen.append(train[stream(s.seed, "epoch", epoch).permutation(len(train))[place]])
-    return chosen
+    return s, resume
 
 
 def lr_at(step, s: Settings):
@@ -164,28 +146,21 @@ def open_run(s: Settings, resume) -> Path:
     while not s.out and folder.exists():
         count += 1
         folder = Path(f"runs/{name}-{count}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot make the run folder {folder} ({error}): give another --out"
-        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def write_config(folder, s: Settings, model):
     """config.json: every setting, and what else it takes to know what was run."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        revision = subprocess.run(describe, **here).stdout.strip()
+        revision = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
         revision = ""  # git is not installed
-    count = dict(total=sum(p.numel() for p in model.parameters()))
-    count["trained"] = sum(p.numel() for p in lora_parameters(model).values())
-    versions = dict(python=platform.python_version(), torch=torch.__version__)
-    config = dict(settings=asdict(s), argv=sys.argv, git=revision, versions=versions)
-    config["parameters"] = count
+    both = dict(total=model.parameters(), trained=lora_parameters(model).values())
+    count = {name: sum(p.numel() for p in parameters) for name, parameters in both.items()}
+    config = dict(settings=asdict(s), argv=sys.argv, git=revision, parameters=count)
+    config["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -242,12 +217,10 @@ def evaluate_step(model, tokenizer, held_out, s: Settings, step, folder):
 
 
 def keep_samples(r, m, advantages, tokenizer, step, folder):
-    """Write the step's first right and first wrong completion, with tokens and weights; say one."""
-    rewards, G = r.rewards.flatten(), r.rewards.shape[1]
+    """Write the step's first wrong and first right completion, with tokens and weights; say one."""
     for value in (0, 1):
-        if (rewards == value).any():
-            row = int((rewards == value).nonzero()[0])
-            n, p = int(r.completions.lengths[row]), r.problems[row // G]
+        for row in (r.rewards.flatten() == value).nonzero()[:1, 0].tolist():
+            n, p = int(r.completions.lengths[row]), r.problems[row // r.rewards.shape[1]]
             tokens = [tokenizer.decode([t]) for t in r.completions.tokens[row, :n].tolist()]
             sample = dict(step=step, problem=p["problem"], gold=p["answer"], text=r.texts[row])
             sample.update(reward=float(value), advantage=float(advantages[row]), tokens=tokens)
@@ -280,8 +253,7 @@ def warn(history, model):
     if len(last) == 5 and all(row["skipped"] for row in last):
         raise UserError("loss or gradient not finite in 5 steps in a row: lower --lr")
     B = [p for name, p in lora_parameters(model).items() if "lora_B" in name]
-    learned = any(row["groups_mixed"] for row in history)
-    if len(history) == 3 and learned and not any(p.any() for p in B):
+    if len(history) == 3 and any(x["groups_mixed"] for x in last) and not any(p.any() for p in B):
         tqdm.write("WARNING: LoRA's B is still zero after 3 steps: no gradient reaches it")
 
 
@@ -305,8 +277,7 @@ def summary(folder, history, s: Settings):
 def main():
     s, resume = parse_settings()
     model, tokenizer = load_base(s)
-    data = (s.data, s.eval_data, tokenizer, s.chat, s.max_prompt_tokens, s.eval_problems)
-    train, held_out, note = load_split(*data)
+    train, held_out, note = load_split(s, tokenizer)
     folder = open_run(s, resume)
     if resume:
         load_adapter(model, folder / "adapter")
@@ -319,14 +290,16 @@ def main():
     history = read_rows(folder / "metrics.jsonl")
     print(f"{s.credit} on {s.model}: {sum(p.numel() for p in trained):,} LoRA parameters, {note}")
     print(f"run folder {folder}", flush=True)
-    if not done:
+    if not read_rows(folder / "evals.jsonl"):
+        save(folder, model, optimizer, 0, s)
         evaluate_step(model, tokenizer, held_out, s, 0, folder)
     accuracy = read_rows(folder / "evals.jsonl")[-1]["greedy"]
 
     bar = tqdm(range(done + 1, s.steps + 1), disable=not sys.stderr.isatty(), dynamic_ncols=True)
     for step in bar:
         started = time.perf_counter()
-        r = rollout(model, tokenizer, problems_of_step(train, s, step), s, step)
+        problems = problems_of_step(train, s.prompts, s.seed, step)
+        r = rollout(model, tokenizer, problems, s, step)
         sampled = time.perf_counter()
         advantages = group_advantages(r.rewards, s.advantage).flatten()  # (B,)
         optimizer.param_groups[0]["lr"] = lr = lr_at(step, s)
@@ -342,10 +315,10 @@ def main():
         warn(history, model)
         if step % 10 == 1:
             keep_samples(r, m, advantages, tokenizer, step, folder)
-        if step % s.save_every == 0 or step == s.steps:
-            save(folder, model, optimizer, step, s)
         if step == s.steps or (s.eval_every and step % s.eval_every == 0):
             accuracy = evaluate_step(model, tokenizer, held_out, s, step, folder)
+        if step == s.steps or step % s.save_every == 0:
+            save(folder, model, optimizer, step, s)
     summary(folder, history, s)
 
 

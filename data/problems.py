@@ -5,6 +5,7 @@ JSONL file, the embedded set (`tiny`) or the Hub (`math`, `math500`, `gsm8k`).
 """
 
 import json
+import random
 from pathlib import Path
 
 from model import UserError, hub_folder
@@ -106,7 +107,7 @@ def load_problems(source: str, split="train") -> list[dict]:
         problems = read_jsonl(TINY / f"{split}.jsonl")
     elif source in HUB:
         repo, patterns = HUB[source]
-        folder = hub_folder(repo, [patterns[split]], repo_type="dataset")
+        folder = hub_folder(repo, repo_type="dataset", allow_patterns=[patterns[split]])
         problems = []
         for path in sorted(folder.glob(patterns[split])):
             problems += read_jsonl(path) if path.suffix == ".jsonl" else read_parquet(path)
@@ -122,26 +123,38 @@ def load_problems(source: str, split="train") -> list[dict]:
     return gradable
 
 
-def load_split(train_source, test_source, tokenizer, chat, max_prompt_tokens, max_test):
-    """(problems to train on, held-out ones, what was left out), their prompts as token ids.
+def load_split(s, tokenizer):
+    """(problems to train on, held-out ones, what was left out) for the Settings of train.py, each
+    problem with its prompt's token ids.
 
-    Without a test_source the held-out ones are the test split of a named set, or every tenth line
-    of a file. A problem that is evaluated on is never trained on; too long ones are left out.
+    Without --eval-data the held-out ones are the test split of a named set, or every tenth line of
+    a file. A problem that is evaluated on is never trained on; long prompts are left out.
     """
-    train = load_problems(train_source, "train")
-    if test_source:
-        test = load_problems(test_source, "test")
-    elif Path(train_source).is_file():
+    train = load_problems(s.data, "train")
+    if s.eval_data:
+        test = load_problems(s.eval_data, "test")
+    elif Path(s.data).is_file():
         train, test = [p for i, p in enumerate(train) if i % 10], train[::10]
     else:
-        test = load_problems(train_source, "test")
+        test = load_problems(s.data, "test")
     for p in train + test:
-        p["prompt"] = tokenizer.encode(prompt_text(p["problem"], chat))
-    fits = [[p for p in ps if len(p["prompt"]) <= max_prompt_tokens] for ps in (train, test)]
-    test = fits[1][:max_test]
+        p["prompt"] = tokenizer.encode(prompt_text(p["problem"], s.chat))
+    fits = [[p for p in ps if len(p["prompt"]) <= s.max_prompt_tokens] for ps in (train, test)]
+    test = fits[1][: s.eval_problems]
     seen = {p["problem"].strip() for p in test}
     usable = [p for p in fits[0] if p["problem"].strip() not in seen]
     if not usable or not test:
         raise UserError("no problem is short enough to train or evaluate on: --max-prompt-tokens")
     left_out = f"{len(train) - len(fits[0])} too long, {len(fits[0]) - len(usable)} evaluated on"
     return usable, test, f"{len(usable)} problems (left out: {left_out})"
+
+
+def problems_of_step(problems, count, seed, step):
+    """The `count` problems of step 1, 2, ...; each epoch is a shuffle decided by (seed, epoch)."""
+    chosen = []
+    for i in range((step - 1) * count, step * count):
+        epoch, place = divmod(i, len(problems))
+        order = list(range(len(problems)))
+        random.Random(f"{seed} {epoch}").shuffle(order)
+        chosen.append(problems[order[place]])
+    return chosen
