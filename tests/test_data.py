@@ -1,0 +1,290 @@
+"""Problem files, the prompt, and generated problems against solvers that read only their text."""
+
+import itertools
+import json
+import random
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from data import generate as gen
+from data.problems import last_boxed, load_problems, prompt_text
+from model import UserError
+
+TINY = Path(__file__).parent.parent / "data" / "tiny"
+FAMILIES = {family.__name__: family for family in gen.FAMILIES}
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+# ---- Reading problems ----------------------------------------------------------------------------
+
+
+def test_every_form_of_a_row(tmp_path):
+    """A gold that is wrong for a whole data set: MATH's, GSM8K's, or one with bare numbers."""
+    rows = [
+        (dict(problem="1+1?", answer="2"), "2"),
+        (dict(problem="1/2?", solution=r"No \boxed{1}: $\boxed{\frac{1}{2}}$."), r"\frac{1}{2}"),
+        (dict(problem="a", answer="3", solution=r"\boxed{4}", level="Level 1"), "3"),
+        (dict(question="How many?", answer="2*600=1200\n#### 1,200"), "1,200"),
+        (dict(problem="zero?", answer=0), "0"),
+        (dict(problem="half?", answer=0.5), "0.5"),
+        (dict(problem="null", answer=None, solution=r"\boxed{5}"), "5"),
+        (dict(problem="a\u2028b\u0085c", answer=" 6 "), "6"),  # no line ends, though they look it
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) for row, _ in rows]
+    for text in (lines, [*lines, ""], [line + "\r" for line in lines], ["", *lines]):
+        problems = load_problems(write(tmp_path, *text))
+        assert [p["answer"] for p in problems] == [answer for _, answer in rows]
+        assert problems[3]["problem"] == "How many?"
+        assert problems[7]["problem"] == "a\u2028b\u0085c"
+    assert problems[2]["level"] == "Level 1"  # what else a row says is kept
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "nonsense", "[1, 2]", '"problem"', "null", "{}", '{"problem": "a"}', '{"answer": "1"}']
+    + ['{"problem": "", "answer": "1"}', '{"problem": "a", "answer": null}']
+    + ['{"problem": 3, "answer": "1"}', r'{"problem": "a", "solution": "\\boxed{1"}'],
+)
+def test_a_bad_line_is_named(tmp_path, line):
+    """A traceback, a silent skip, or a search for the bad line among 12,000."""
+    good = json.dumps(dict(problem="1+1?", answer="2"))
+    path = write(tmp_path, good, "", line, good)
+    with pytest.raises(UserError, match=r"problems\.jsonl, line 3 ") as error:
+        load_problems(path)
+    assert "\n" not in str(error.value)
+
+
+def test_problems_without_a_gold_are_left_out(tmp_path, capsys):
+    """Two of MATH's 7,500 training solutions end in an empty box: no completion can be right there,
+    and neither may they end the run."""
+    solution = "so there are $\\boxed{}$ primes."
+    rows = [dict(problem="a", solution=solution), dict(problem="b", answer="2")]
+    path = write(tmp_path, *map(json.dumps, rows), json.dumps(dict(problem="c", answer="")))
+    assert [p["problem"] for p in load_problems(path)] == ["b"]
+    assert "left out 2" in capsys.readouterr().out
+
+
+def test_files_that_are_none(tmp_path):
+    """A traceback for an empty or binary file, a folder, or a name that was mistyped."""
+    for name in (write(tmp_path, ""), write(tmp_path, "", "  ")):
+        with pytest.raises(UserError, match="no problems"):
+            load_problems(name)
+    for name in (tmp_path / "nothing.jsonl", tmp_path, "mathh"):
+        with pytest.raises(UserError, match="tiny, math, math500, gsm8k"):
+            load_problems(str(name))
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match=r"binary\.jsonl cannot be read"):
+        load_problems(str(tmp_path / "binary.jsonl"))
+
+
+def test_prompt():
+    """A prompt that differs from the one of pretraining and of the paper, or loses braces."""
+    problem = r"What is $\frac{1}{2}+\{prompt}{problem}$?"
+    plain = "Solve this math problem step by step. Put your final answer in \\boxed{}.\n\n"
+    plain += "Problem: " + problem + "\n"
+    assert prompt_text(problem) == plain
+    turn = "<|im_start|>user\n" + plain + "<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt_text(problem, chat=True) == turn
+
+
+# ---- Twelve solvers that know a problem's text and nothing else ----------------------------------
+
+
+def value(text, x=0, y=0):
+    """The exact value of LaTeX such as `2(x-1)+\\frac{1}{3}` at x and y."""
+    text = re.sub(r"\\frac\{([^{}]+)\}\{([^{}]+)\}", r"(Fraction(\1)/(\2))", text)
+    text = re.sub(r"(?<=[\dxy)])(?=[xy(])", "*", text.replace("^", "**"))
+    text = re.sub(r"(?<![\w.])(\d+)", r"Fraction(\1)", text)
+    return Fraction(eval(text, dict(Fraction=Fraction, x=Fraction(x), y=Fraction(y))))
+
+
+def root(difference):
+    """Where a linear function is 0."""
+    start = difference(0)
+    return -start / (difference(1) - start)
+
+
+def written(q):
+    """A number as a gold answer has it: in lowest terms, the sign in front."""
+    if q.denominator == 1:
+        return str(q.numerator)
+    return "-" * (q < 0) + rf"\frac{{{abs(q.numerator)}}}{{{q.denominator}}}"
+
+
+def solve_number(parts):
+    return written(value(parts[0]))
+
+
+def solve_equation(parts):
+    left, right = parts[0].split("=")
+    return written(root(lambda x: value(left, x) - value(right, x)))
+
+
+def solve_evaluate(parts):
+    given = next(p for p in parts if p.startswith("x="))
+    poly = next(p for p in parts if not p.startswith("x="))
+    return written(value(poly, value(given[2:])))
+
+
+def solve_compose(parts):
+    f, g = (p.split("=")[1] for p in parts[:2])
+    return written(value(f, value(g, int(parts[2][4:-2]))))
+
+
+def solve_remainder(parts):
+    return written(value(parts[0]) % int(parts[1]))
+
+
+def solve_expand(parts):
+    """Through three points goes one quadratic: its coefficients, written as one writes them."""
+    low, c, high = (value(parts[0], x) for x in (-1, 0, 1))
+    assert (low + high) / 2 - c == 1  # the coefficient of x^2
+    b = (high - low) / 2
+    middle = "" if b == 0 else ("-" if b < 0 else "+") + (str(abs(b)) if abs(b) != 1 else "") + "x"
+    return "x^2" + middle + (f"{c:+d}" if (c := int(c)) else "")
+
+
+def solve_system(parts):
+    """By Cramer's rule, its coefficients read off at three points."""
+    rows = []
+    for left, right in (p.split("=") for p in parts[:2]):
+        rows.append((value(left, 1, 0), value(left, 0, 1), value(right)))
+    (a, b, s), (c, d, t) = rows
+    x, y = (s * d - b * t) / (a * d - b * c), (a * t - c * s) / (a * d - b * c)
+    return f"({written(x)},{written(y)})"
+
+
+def solve_vector(parts):
+    a, p, q, b, r, s = map(
+        int, re.fullmatch(r"(\d+)\((.+),(.+)\)\+(\d+)\((.+),(.+)\)", parts[0]).groups()
+    )
+    return f"({a * p + b * r},{a * q + b * s})"
+
+
+def solve_inequality(parts):
+    left, sign, right = re.fullmatch(r"(.+?)(<|>|\\le|\\ge) (.+)", parts[0]).groups()
+    holds = dict(zip(["<", ">", r"\le", r"\ge"], ["lt", "gt", "le", "ge"], strict=True))[sign]
+    difference = lambda x: value(left, x) - value(right)  # noqa: E731
+    true_at = lambda x: getattr(difference(x), f"__{holds}__")(0)  # noqa: E731
+    end = root(difference)
+    assert true_at(end + 1) != true_at(end - 1)
+    if true_at(end + 1):
+        return ("[" if true_at(end) else "(") + written(end) + r",\infty)"
+    return r"(-\infty," + written(end) + ("]" if true_at(end) else ")")
+
+
+SOLVERS = dict.fromkeys(["chain", "nested", "product", "fractions"], solve_number)
+SOLVERS |= dict(equation=solve_equation, evaluate=solve_evaluate, compose=solve_compose)
+SOLVERS |= dict(remainder=solve_remainder, expand=solve_expand, system=solve_system)
+SOLVERS |= dict(vector=solve_vector, inequality=solve_inequality)
+
+
+def math_parts(text):
+    """What stands between dollars."""
+    return text.split("$")[1::2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_golds_follow_from_the_text(family):
+    """A gold that is wrong, or a text that asks for something else: reward for wrong answers."""
+    rng = random.Random(family)
+    for level, _ in itertools.product(range(1, 6), range(20)):
+        problem = FAMILIES[family](rng, level)
+        answer = problem.solve(gen.right)[1]
+        for wording in problem.wordings:
+            assert SOLVERS[family](math_parts(wording)) == answer, wording
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_worked_steps_are_true_and_a_slip_is_one_false_step(family):
+    """A corpus that teaches wrong arithmetic, or slips that are none."""
+
+    def false_steps(text):
+        steps = [s.rsplit("=", 2)[-2:] for s in text.rsplit(". ", 1)[0].split(", ") if "=" in s]
+        steps = [(a, b) for a, b in steps if "x" not in a and "y" not in a]
+        return sum(value(a) != value(b) for a, b in steps)
+
+    rng, slipped, wrong = random.Random(family), 0, 0
+    for level, _ in itertools.product(range(1, 6), range(10)):
+        problem = FAMILIES[family](rng, level)
+        answer = problem.solve(gen.right)[1]
+        careful = gen.solution(problem, "careful", rng)
+        assert careful.endswith(rf". The answer is $\boxed{{{answer}}}$.")
+        assert "=" in careful and false_steps(careful) == 0, careful
+        slip = gen.solution(problem, "slip", rng)
+        assert last_boxed(slip)
+        assert false_steps(slip) <= 1, slip  # none if the slip would come after the last step
+        slipped += false_steps(slip)
+        wrong += last_boxed(slip) != answer
+        for style in ("hasty", "impatient"):
+            short = gen.solution(problem, style, rng)
+            assert last_boxed(short) == answer and len(short) <= len(careful) + len("Clearly ")
+    assert slipped > 25 and wrong > 15  # of 50
+
+
+def test_variety():
+    """A generator that has lost families, levels or kinds of answer."""
+    rng, seen = random.Random(0), []
+    for _ in range(3000):
+        problem, level, family = gen.draw(rng)
+        seen.append(gen.record(problem, level, rng.randint(0, 1), family))
+    assert set(FAMILIES) == set(SOLVERS) == {row["family"] for row in seen} and len(FAMILIES) >= 8
+    assert {row["level"] for row in seen} == {f"Level {i}" for i in range(1, 6)}
+    kinds = {
+        kind: [row for row in seen if row["kind"] == kind] for kind in {r["kind"] for r in seen}
+    }
+    assert len(kinds) >= 4 and min(map(len, kinds.values())) > 50
+    shapes = dict(integer=r"-?\d+", fraction=r"-?\\frac\{\d+\}\{\d+\}", tuple=r"\(.+,.+\)")
+    shapes |= dict(interval=r"[(\[].+,.+[)\]]", expression=r"x\^2.*")
+    for row in seen:
+        assert re.fullmatch(shapes[row["kind"]], row["answer"])
+
+
+def test_held_out_problems_are_disjoint_from_training():
+    """Training on the test set: the same numbers on both sides of the split, in any wording."""
+    sides = []
+    for held in (False, True):
+        rng, cores, texts = random.Random(held), set(), set()
+        for _ in range(4000):
+            problem, _, family = gen.draw(rng, held)
+            assert gen.held_out(family, problem) == held
+            cores.add((family.__name__, problem.core))
+            texts.update((family.__name__, *sorted(math_parts(w))) for w in problem.wordings)
+        sides.append((cores, texts))
+    assert not sides[0][0] & sides[1][0]
+    assert not sides[0][1] & sides[1][1]
+    assert all(len(cores) > 2000 for cores, _ in sides)
+
+    rng = random.Random(2)  # one in ten is held out, whatever the family
+    for family in gen.FAMILIES:
+        share = sum(gen.held_out(family, family(rng, 5)) for _ in range(500)) / 500
+        assert 0.04 < share < 0.2
+
+
+# ---- The embedded set ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (TINY / "test.jsonl").exists(), reason="data/tiny is not made yet")
+def test_embedded_set():
+    """An embedded set that leaks, repeats itself, lacks a field, or was made by older code."""
+    numbers = {}
+    for split, least in (("train", 1000), ("test", 200)):
+        lines = (TINY / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert load_problems("tiny", split) == rows and len(rows) >= least
+        for row in rows:
+            fields = ("problem", "solution", "answer", "level", "subject")
+            assert all(isinstance(row[field], str) and row[field] for field in fields)
+            assert last_boxed(row["solution"]) == row["answer"]
+            assert SOLVERS[row["family"]](math_parts(row["problem"])) == row["answer"]
+        numbers[split] = {(row["family"], *sorted(math_parts(row["problem"]))) for row in rows}
+        assert len(numbers[split]) == len(rows)
+    assert not numbers["train"] & numbers["test"]

@@ -1,0 +1,384 @@
+"""model.py against transformers: the same logits, greedy tokens and text, from the same folders."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, edit_json, hf_model, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from model import Config, KVCache, Qwen3, UserError, load_model, load_tokenizer, run_cli
+from sample import generate
+
+SHAPES = {  # what transformers builds; the defaults are in conftest.SHAPE
+    "qwen3": dict(),
+    "qwen3-1-kv-head": dict(num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True),
+    "qwen3-heads-eq-kv": dict(num_key_value_heads=4, head_dim=6, vocab_size=307, rope_theta=50.0),
+    "qwen3-default-head-dim": dict(head_dim=128, hidden_size=24, rms_norm_eps=1e-6),
+    "qwen2": dict(tie_word_embeddings=True, num_hidden_layers=3, rope_theta=1e6),
+    "qwen2-1-kv-head": dict(num_key_value_heads=1, vocab_size=301, rms_norm_eps=0.1),
+    "llama": dict(rope_theta=10000.0, intermediate_size=33),
+    "llama-odd-head-dim": dict(head_dim=14, num_key_value_heads=4, tie_word_embeddings=True),
+}
+COUNTS = {"0.6B": 596_049_920, "1.7B": 1_720_574_976, "4B": 4_022_468_096, "8B": 8_190_735_360}
+CONFIGS = ROOT.parent / "shared" / "configs"
+
+
+def random_ids(*shape, seed=0, vocab=300):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def to_older_form(path):
+    """Rewrite a config.json of transformers 5 as transformers 4 and the Hub's files have it."""
+    raw = json.loads(path.read_text())
+    theta = raw["rope_parameters"]["rope_theta"]
+    default = 128 if raw["model_type"] == "qwen3" else raw["hidden_size"] // 4
+    drop = ["rope_parameters", "layer_types", "dtype"] + ["head_dim"] * (raw["head_dim"] == default)
+    edit_json(path, drop, rope_theta=theta, rope_scaling=None, torch_dtype="float32")
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def pair(request, tmp_path_factory):
+    """A random model of transformers, and the folder it was saved in."""
+    hf = hf_model(request.param.split("-")[0], **SHAPES[request.param])
+    path = tmp_path_factory.mktemp(request.param)
+    hf.save_pretrained(path)
+    return hf, path
+
+
+@pytest.mark.parametrize("form", ["v5", "v4"])
+def test_logits_equal_transformers(pair, form):
+    """Any slip in the computation (rotary pairing, norms, eps, theta, biases, grouping of heads,
+    the tied head), or in reading either form of config.json, moves the logits."""
+    hf, path = pair
+    new = (path / "config.json").read_text()
+    if form == "v4":
+        to_older_form(path / "config.json")
+    model = load_model(path)
+    (path / "config.json").write_text(new)
+    ids = random_ids(2, 23)
+    want = hf(ids).logits
+    assert want.std() > 0.5  # a flat model would agree with anything
+    torch.testing.assert_close(model.logits(model(ids)), want, atol=1e-4, rtol=0)
+
+
+def test_greedy_tokens_equal_transformers(pair):
+    """The cache, the positions of decoding or the argmax may be wrong where a forward is right."""
+    hf, path = pair
+    prompts = [random_ids(length, seed=length).tolist() for length in (5, 1, 9)]
+    ours = generate(load_model(path), prompts, max_new_tokens=12, temperature=0)
+    for prompt, tokens in zip(prompts, ours.tokens.tolist(), strict=True):
+        ids = torch.tensor([prompt])
+        options = dict(do_sample=False, max_new_tokens=12, pad_token_id=0)
+        want = hf.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert tokens == want[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    "text", ["", " a  b\n\n\tnaïve", "<|im_start|>user\n3 + 4 = 7<|im_end|>\n", "数学 🙂 ½", "éé<|"]
+)
+def test_tokenizer_equals_transformers(folder, text):
+    """Text would reach the model as other tokens, or come back altered (spaces, special tokens)."""
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text)
+    assert ours.decode(ids) == text == theirs.decode(ids)
+    for part in range(len(ids)):  # tokens that end within a character
+        assert ours.decode(ids[part:]) == theirs.decode(ids[part:])
+
+
+def test_tokenizer_neither_cuts_nor_pads(scratch):
+    """tokenizer.json may hold some training run's truncation and padding: prompts would be cut."""
+    text, ours = "def forward(self, x): return x", load_tokenizer(scratch)
+    want = ours.encode(text)
+    ours.file.enable_truncation(5)
+    ours.file.enable_padding(length=64)
+    ours.file.save(str(scratch / "tokenizer.json"))
+    assert len(want) > 5
+    assert load_tokenizer(scratch).encode(text) == want
+    assert AutoTokenizer.from_pretrained(scratch).encode(text) == want
+
+
+def test_greedy_text_equals_transformers(folder):
+    """Text to text: tokenizer, model, sampler and the end token together, as a user sees them."""
+    from transformers import AutoModelForCausalLM
+
+    theirs, hf = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    model, ours = load_model(folder), load_tokenizer(folder)
+    ended = set()
+    for text in ["What is $3+4$?", "x", "def f(", "<|im_start|>", "Prove it."]:
+        ids = theirs(text, return_tensors="pt")
+        want = hf.generate(**ids, do_sample=False, max_new_tokens=40, pad_token_id=0)[0]
+        want = want[ids["input_ids"].shape[1] :].tolist()
+        got = generate(
+            model, [ours.encode(text)], max_new_tokens=40, temperature=0, eos_ids=ours.eos_ids
+        )
+        assert got.tokens[0].tolist() == want
+        ended.add(want[-1] == 2)
+        assert got.texts(ours) == [theirs.decode(want[:-1] if want[-1] == 2 else want)]
+    assert ended == {True, False}  # both kinds of completion were compared
+
+
+def test_shards_equal_single_file(tmp_path, folder):
+    """Of a sharded checkpoint a shard could be skipped, or the index not be found."""
+    single = load_model(folder).state_dict()
+    hf_model(tie_word_embeddings=True).save_pretrained(tmp_path, max_shard_size="40KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2 and not (tmp_path / "model.safetensors").exists()
+    sharded = load_model(tmp_path).state_dict()
+    assert sharded.keys() == single.keys()
+    assert all(torch.equal(sharded[name], single[name]) for name in single)
+    shards[1].unlink()
+    with pytest.raises(UserError, match=shards[1].name):
+        load_model(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# The cache
+
+
+@pytest.mark.parametrize("chunks", [[12], [5] + [1] * 7, [1] * 12, [3, 4, 5], [1, 10, 1]])
+@pytest.mark.parametrize("spare", [0, 5])
+def test_cache_equals_full_forward(chunks, spare):
+    """Decoding would go wrong by a position, a mask or a stale key that one forward never has."""
+    model, ids = tiny_model(), random_ids(3, 12)
+    cache = KVCache(model.config, 3, 12 + spare, "cpu", torch.float32)
+    parts = [model(part, cache) for part in ids.split(chunks, dim=1)]
+    assert cache.lengths.tolist() == [12] * 3
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [[1] * 4, [4], [1, 2, 1]])
+def test_unequal_prompts_equal_each_alone(chunks):
+    """A row could read the padding of its own prompt, or stand at another row's positions."""
+    model, lengths = tiny_model(), [3, 7, 1]
+    ids, after = random_ids(3, 7), random_ids(3, 4, seed=1)  # what pads a prompt is random too
+    cache = KVCache(model.config, 3, 11, "cpu", torch.float32)
+    first = model(ids, cache)
+    cache.lengths = torch.tensor(lengths)
+    rest = torch.cat([model(part, cache) for part in after.split(chunks, dim=1)], dim=1)
+    assert cache.lengths.tolist() == [7, 11, 5]
+    for row, length in enumerate(lengths):
+        alone = model(torch.cat([ids[row, :length], after[row]])[None])[0]
+        got = torch.cat([first[row, :length], rest[row]])
+        torch.testing.assert_close(got, alone, atol=1e-5, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+
+
+@pytest.mark.parametrize("size", COUNTS)
+@pytest.mark.parametrize("kind", ["", "-Base"])
+def test_parameter_counts_of_qwen3(size, kind):
+    """A layer too many, or a head that is not tied, shows in the count of a real configuration."""
+    path = CONFIGS / f"Qwen3-{size}{kind}" / "config.json"
+    if not path.exists():
+        pytest.skip("shared/configs is not here")
+    with torch.device("meta"):
+        model = Qwen3(Config.from_dict(json.loads(path.read_text())))
+    assert sum(p.numel() for p in model.parameters()) == COUNTS[size]
+
+
+def test_loaded_model_is_frozen_tied_and_fp32(folder):
+    """A tied head that became a copy would be trained, saved and counted twice."""
+    model = load_model(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "name, tensor, message",
+    [
+        ("model.layers.0.mlp.extra", torch.ones(3), "model.layers.0.mlp.extra"),
+        ("model.layers.2.mlp.up_proj.weight", torch.ones(56, 40), "model.layers.2"),
+        ("model.layers.0.self_attn.q_proj.bias", torch.ones(40), "q_proj.bias"),
+        (UP, None, UP),
+        ("model.norm.weight", None, "model.norm.weight"),
+        ("model.embed_tokens.weight", None, "embed_tokens|lm_head"),
+        (UP, torch.ones(40, 56), UP),
+        (UP, torch.ones(56, 40, dtype=torch.int8), UP),
+        ("lm_head.weight", torch.ones(311, 40), "lm_head"),  # tied, so it must be the embedding
+    ],
+)
+def test_wrong_tensors_are_refused(scratch, name, tensor, message):
+    """A checkpoint that does not fit would load in part, and compute nonsense without a word."""
+    state = load_file(scratch / "model.safetensors")
+    state.pop(name, None)
+    save_file(state if tensor is None else state | {name: tensor}, scratch / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        load_model(scratch)
+
+
+def test_tied_model_with_its_head_in_the_file_loads(scratch):
+    """Some files hold the tied head a second time; that is no reason to refuse them."""
+    state = load_file(scratch / "model.safetensors")
+    head = state["model.embed_tokens.weight"].clone()
+    save_file(state | {"lm_head.weight": head}, scratch / "model.safetensors")
+    model = load_model(scratch)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, head)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -2, None])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_damaged_and_missing_files_are_refused(scratch, file, keep):
+    """A download that broke off would end in a traceback from some library, or load in part."""
+    path = scratch / file
+    if keep is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:keep] if keep != 1000 else b"\x80" * 1000)
+    with pytest.raises(UserError, match=file):
+        load_model(scratch)
+
+
+@pytest.mark.parametrize("name", ["no-such-folder", "./no/such", "a/b/c", "nobody/no-such-model"])
+def test_missing_folder_is_refused(name):
+    """A mistyped path must be an error that shows it, not a search on the Hub."""
+    with pytest.raises(UserError, match=name):
+        load_model(name)
+
+
+YARN = dict(rope_type="yarn", factor=4.0, rope_theta=500.0)
+OLDER = dict(rope_parameters=None, rope_theta=500.0)
+
+
+@pytest.mark.parametrize(
+    "family, changes, message",
+    [
+        ("gpt2", {}, "gpt2"),
+        ("mistral", {}, "mistral"),
+        ("qwen3", dict(rope_parameters=YARN), "rope scaling"),
+        ("llama", dict(rope_scaling=dict(type="linear", factor=2.0), **OLDER), "rope scaling"),
+        ("llama", dict(rope_scaling=dict(rope_type="llama3"), **OLDER), "rope scaling"),
+        ("qwen2", dict(use_sliding_window=True, sliding_window=8), "sliding"),
+        ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "sliding"),
+        ("llama", dict(attention_bias=True), "attention_bias"),
+        ("qwen3", dict(attention_bias=True), "attention_bias"),
+        ("qwen3", dict(hidden_act="gelu"), "gelu"),
+        ("qwen3", dict(hidden_size=None), "hidden_size"),
+        ("qwen3", dict(rope_parameters=None), "rope_theta"),
+    ],
+)
+def test_unsupported_configurations_are_refused(scratch, family, changes, message):
+    """What we would compute wrongly must be refused by name: wrong logits show nowhere else."""
+    edit_json(scratch / "config.json", model_type=family, **changes)
+    with pytest.raises(UserError, match=message):
+        load_model(scratch)
+
+
+def test_bf16(tmp_path):
+    """In bf16 the statistics, the states and the rounding must be as exact as transformers'."""
+    hf, ids = hf_model(), random_ids(4, 23)
+    exact = hf(ids).logits
+    hf.bfloat16().save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.float32}
+    hidden = model(ids)
+    assert hidden.dtype == torch.float32
+    ours, theirs = model.logits(hidden).float(), hf(ids).logits.float()
+    norm, x = model.model.layers[1].input_layernorm, torch.randn(64, 40).bfloat16()
+    assert torch.equal(norm(x), hf.model.layers[1].input_layernorm(x))
+    noise = (theirs - exact).pow(2).mean().sqrt()
+    assert 0 < (ours - exact).pow(2).mean().sqrt() < 1.3 * noise
+    assert (ours - theirs).pow(2).mean().sqrt() < 1.5 * noise < 0.1 * exact.std()
+
+
+MEASURE = """
+import re, sys, torch
+from model import load_model
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+load_model(sys.argv[1])  # a tiny one, after which all that torch imports late is there
+before = anonymous()
+kept = load_model(sys.argv[2], dtype=torch.bfloat16)
+between = anonymous()
+copied = load_model(sys.argv[2], dtype=torch.float32)
+print(between - before, anonymous() - between)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+def test_loading_makes_no_second_copy(tmp_path, folder):
+    """An 8B model in its own dtype would take twice its 16 GB while it is loaded on the CPU."""
+    shape = dict(vocab_size=20_000, hidden_size=512, intermediate_size=2048, head_dim=64)
+    model = tiny_model(**shape, num_hidden_layers=4).bfloat16()
+    state = {name: p.data for name, p in model.named_parameters()}
+    save_file(state, tmp_path / "model.safetensors")
+    raw = vars(model.config) | dict(model_type="qwen3")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size > 40e6
+    command = [sys.executable, "-c", MEASURE, str(folder), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    same_dtype, other_dtype = map(int, done.stdout.split())
+    assert same_dtype < 0.2 * size
+    assert 1.8 * size < other_dtype < 2.4 * size  # in fp32 it is a copy, and one only
+
+
+@pytest.mark.parametrize(
+    "config, generation, want",
+    [
+        (5, [7, 6], [7, 6]),
+        (5, 7, [7]),
+        ([5, 6], "no key", [5, 6]),
+        (5, "no file", [5]),
+        (None, [7], [7]),
+        (5, 0, [0]),  # 0 is an id as any other
+        (None, 0, [0]),
+    ],
+)
+def test_eos_ids(scratch, config, generation, want):
+    """With the wrong end tokens completions run on to the limit, or end too early."""
+    edit_json(scratch / "config.json", eos_token_id=config)
+    if generation == "no file":
+        (scratch / "generation_config.json").unlink()
+    elif generation == "no key":
+        edit_json(scratch / "generation_config.json", drop=["eos_token_id"])
+    else:
+        edit_json(scratch / "generation_config.json", eos_token_id=generation)
+    assert load_tokenizer(scratch).eos_ids == want
+
+
+def test_tokenizer_refusals(scratch):
+    """A folder without end token or tokenizer must say so, not fail at the first prompt."""
+    for name in ("config.json", "generation_config.json"):
+        edit_json(scratch / name, drop=["eos_token_id"])
+    with pytest.raises(UserError, match="eos_token_id"):
+        load_tokenizer(scratch)
+    edit_json(scratch / "config.json", eos_token_id=2)
+    (scratch / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        load_tokenizer(scratch)
+
+
+@pytest.mark.parametrize("error", [UserError("mend\nthis"), MemoryError("no memory")])
+def test_run_cli_shows_one_line(capsys, error):
+    """A user's mistake would end in a traceback, or a script take it for success."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(main)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_run_cli_hides_no_bug(capsys):
+    """Our own mistakes must keep their traceback, and a run that went well its exit code 0."""
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_cli(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+    assert run_cli(lambda: None) is None
+    assert capsys.readouterr().err == ""

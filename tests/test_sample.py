@@ -1,0 +1,327 @@
+"""sample.py: the distribution against exact enumeration, the rows against each sampled alone."""
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny_model
+
+from data.problems import prompt_text
+from model import UserError, load_model, load_tokenizer
+from sample import cut, draw, generate, uniforms
+
+BELOW_1 = 1 - 2**-53  # the largest float64 below 1
+PROMPTS = [[1, 2, 3], [4], [5, 0, 5, 1, 2, 2, 3], [2, 4]]
+SMALL = dict(vocab_size=12, max_new_tokens=40, eos_ids=(7, 9))  # ends after about 10 tokens
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(vocab_size=12)
+
+
+@torch.no_grad()
+def full_logits(model, prompt, tokens):
+    """The logits (T, V) that predict `tokens` after `prompt`: one forward, without a cache."""
+    ids = torch.tensor([list(prompt) + list(tokens)])
+    return model.logits(model(ids))[0, len(prompt) - 1 : -1].double()
+
+
+def rows(completions):
+    """The completions as lists: tokens, log-probs, finished."""
+    c = completions
+    fields = zip(c.tokens.tolist(), c.logps.tolist(), c.lengths.tolist(), c.finished, strict=True)
+    return [(tokens[:end], logps[:end], bool(done)) for tokens, logps, end, done in fields]
+
+
+def assert_same(got, want):
+    """The same tokens; the same log-probs up to what a batch of another shape may round."""
+    assert [(tokens, done) for tokens, _, done in got] == [(t, d) for t, _, d in want]
+    for (_, a, _), (_, b, _) in zip(got, want, strict=True):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-5, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# The distribution
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.7, 0), (1.6, 4)])
+def test_distribution_is_the_models(temperature, top_k):
+    """Samples can look sensible and be from another distribution: a temperature applied twice or
+    not at all, one uniform used for two tokens, a shifted CDF, a prompt's last token dropped."""
+    model, prompt, eos, N = tiny_model(seed=3, vocab_size=6), [1, 2, 4], 5, 4000
+    with torch.no_grad():
+        ids = torch.tensor([prompt + [token] for token in range(6)])
+        logits = model.logits(model(ids)).double() / temperature
+    if top_k:
+        logits[logits < logits.topk(top_k).values[..., -1:]] = -torch.inf
+    first, second = logits[0, 2].softmax(-1), logits[:, 3].softmax(-1)  # (V,), (V, V)
+    probs = {(a, b): first[a] * second[a, b] for a in range(6) for b in range(6) if a != eos}
+    probs = {pair: float(p) for pair, p in probs.items() if p > 0} | {(eos,): float(first[eos])}
+    assert abs(sum(probs.values()) - 1) < 1e-9
+
+    options = dict(temperature=temperature, top_k=top_k, eos_ids=[eos], seed=5)
+    got = [tuple(t) for t, _, _ in rows(generate(model, [prompt], N, 2, max_rows=N, **options))]
+    assert len(got) == N and set(got) <= {pair for pair, p in probs.items() if p > 0}
+    rare = [pair for pair, p in probs.items() if N * p < 5]  # together one cell
+    cells = [[pair] for pair in probs if pair not in rare] + [rare] * bool(rare)
+    seen = np.array([sum(got.count(pair) for pair in cell) for cell in cells])
+    want = np.array([N * sum(probs[pair] for pair in cell) for cell in cells])
+    degrees = len(cells) - 1
+    critical = degrees * (1 - 2 / (9 * degrees) + 3.7 * (2 / (9 * degrees)) ** 0.5) ** 3
+    assert degrees >= 8  # and chi-square beyond 3.7 standard deviations (Wilson, Hilferty): 1e-4
+    assert ((seen - want) ** 2 / want.clip(1)).sum() < critical
+
+
+def test_draw_at_the_edges():
+    """At the ends of the CDF a token of probability 0, or no token at all, could be drawn."""
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
+    u = torch.tensor([0.0, 0.25, 0.4999999, 0.5, 0.75, BELOW_1], dtype=torch.float64)
+    tokens, logps = draw(logits.expand(6, 5), u)
+    assert tokens.tolist() == [1, 1, 1, 3, 3, 3]
+    torch.testing.assert_close(logps, torch.full((6,), 0.5).log())
+    even = torch.zeros(4, 4)
+    quarters = torch.tensor([0.0, 0.26, 0.51, 0.99], dtype=torch.float64)
+    assert draw(even, quarters)[0].tolist() == [0, 1, 2, 3]
+    assert draw(even, quarters, top_k=2)[0].tolist() == [0, 0, 1, 1]
+
+
+def test_draw_is_exact_over_a_large_vocabulary():
+    """In fp32 the CDF of 151,936 tokens has steps of 6e-8, more than many a token's probability."""
+    logits = torch.randn(151_936, generator=torch.Generator().manual_seed(0)) * 1.5
+    p = np.exp(logits.double().numpy())
+    p /= p.sum()
+    cdf = p.cumsum()
+    rare = np.flatnonzero((p > 4e-8) & (p < 8e-8) & (cdf > 0.5))
+    want = rare[:: len(rare) // 24][:24]
+    middle = torch.from_numpy(cdf[want] - p[want] / 2)
+    assert draw(logits.expand(24, -1), middle)[0].tolist() == want.tolist()
+
+
+def test_temperature_0_takes_the_likeliest():
+    """Greedy evaluation must not depend on the uniforms, nor divide by zero."""
+    logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
+    for u in (0.0, BELOW_1):
+        tokens, logps = draw(logits, torch.full((50,), u, dtype=torch.float64), temperature=0)
+        assert torch.equal(tokens, logits.argmax(-1))
+        torch.testing.assert_close(logps, logits.log_softmax(-1).max(-1).values)
+
+
+# --------------------------------------------------------------------------------------------------
+# Top-p and top-k
+
+
+@pytest.mark.parametrize(
+    "probs, top_p, top_k, want",
+    [
+        ([0.125, 0.5, 0.25, 0.125], 0.5, 0, {1}),  # the set's share is exactly top_p
+        ([0.125, 0.5, 0.25, 0.125], 0.51, 0, {1, 2}),
+        ([0.125, 0.5, 0.25, 0.125], 0.75, 0, {1, 2}),
+        ([0.125, 0.5, 0.25, 0.125], 0.76, 0, {0, 1, 2}),  # of two equal tokens the first
+        ([0.125, 0.5, 0.25, 0.125], 0.88, 0, {0, 1, 2, 3}),
+        ([0.125, 0.5, 0.25, 0.125], 1e-9, 0, {1}),
+        ([0.25] * 4, 0.5, 0, {0, 1}),
+        ([0.1, 0.4, 0.1, 0.4], 1.0, 1, {1}),
+        ([0.1, 0.4, 0.1, 0.4], 1.0, 3, {0, 1, 3}),
+        ([0.1, 0.4, 0.1, 0.4], 1.0, 9, {0, 1, 2, 3}),
+        ([0.1, 0.4, 0.1, 0.4], 0.5, 2, {1}),  # 0.4 of 0.8, not of 1
+        ([0.4, 0.3, 0.2, 0.1], 0.5, 2, {0}),  # top-p first would leave {0, 1}
+        ([0.4, 0.3, 0.2, 0.1], 0.6, 2, {0, 1}),
+        ([0.1, 0.4, 0.1, 0.4], 0.9, 3, {0, 1, 3}),
+        ([0.1, 0.4, 0.1, 0.4], 1.0, 0, {0, 1, 2, 3}),
+    ],
+)
+def test_cut_by_hand(probs, top_p, top_k, want):
+    """Off by one, a cut keeps a token too many or none at all; ties must not be kept by chance."""
+    given = torch.tensor([probs, probs[::-1]], dtype=torch.float64)
+    before = given.clone()
+    kept = cut(given, top_p, top_k)[0]
+    assert set(kept.nonzero()[:, 0].tolist()) == want
+    assert all(kept[i] == probs[i] for i in want)  # not renormalised
+    assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 60, 500])
+def test_cut_equals_transformers(top_p, top_k):
+    """Our nucleus would not be everyone's; and every drawn token must lie in it."""
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    logits = 3 * torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
+    scores = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
+    scores = TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
+    kept = scores > -torch.inf
+    probs = logits.double().softmax(-1)
+    assert torch.equal(cut(probs, top_p, top_k) > 0, kept)
+    for u in (0.0, 0.3, 0.9, 0.999, BELOW_1):
+        u = torch.full((40,), u, dtype=torch.float64)
+        tokens, logps = draw(logits, u, top_p=top_p, top_k=top_k)
+        assert kept.gather(1, tokens[:, None]).all()
+        want = probs.gather(1, tokens[:, None])[:, 0].log().float()
+        torch.testing.assert_close(logps, want, atol=1e-5, rtol=0)  # before the cut
+
+
+# --------------------------------------------------------------------------------------------------
+# Completions
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(temperature=0.6),
+        dict(temperature=1.4, top_p=0.7),
+        dict(top_k=3),
+        dict(temperature=0, n=1),
+    ],
+    ids=str,
+)
+def test_logps_are_those_of_the_whole_distribution(model, options):
+    """The ratio and the KL of training compare with these: at the sampling temperature, uncut."""
+    options = dict(n=5, max_new_tokens=30, eos_ids=[7]) | options
+    got = rows(generate(model, PROMPTS, **options))
+    assert len(got) == len(PROMPTS) * options["n"]
+    for i, (tokens, logps, _) in enumerate(got):
+        logits = full_logits(model, PROMPTS[i // options["n"]], tokens)
+        want = (logits / (options.get("temperature") or 1.0)).log_softmax(-1)
+        want = want[range(len(tokens)), tokens].float()
+        torch.testing.assert_close(torch.tensor(logps), want, atol=1e-4, rtol=0)
+
+
+def test_completion_depends_on_its_own_key_only(model):
+    """Then a run could not be repeated, resumed or split: what else is in the batch, its order,
+    more samples, a higher limit or fewer rows at a time must not change a completion."""
+    options = dict(eos_ids=(7, 9), seed=3, step=2)
+    want = rows(generate(model, PROMPTS, 4, 40, **options))
+    alone = [row for p in PROMPTS for row in rows(generate(model, [p], 4, 40, **options))]
+    assert_same(alone, want)
+    backwards = rows(generate(model, PROMPTS[::-1], 4, 40, **options))
+    assert_same([row for i in (3, 2, 1, 0) for row in backwards[4 * i : 4 * i + 4]], want)
+    for max_rows in (1, 5, 8, 11):
+        assert_same(rows(generate(model, PROMPTS, 4, 40, max_rows=max_rows, **options)), want)
+    more = rows(generate(model, PROMPTS, 7, 40, **options))
+    assert_same([row for i in range(4) for row in more[7 * i : 7 * i + 4]], want)
+    for limit in (1, 9, 20):
+        short = rows(generate(model, PROMPTS, 4, limit, **options))
+        ended = [done and len(tokens) <= limit for tokens, _, done in want]
+        cut_off = [(t[:limit], p[:limit], e) for (t, p, _), e in zip(want, ended, strict=True)]
+        assert_same(short, cut_off)
+
+
+def test_other_keys_give_other_completions(model):
+    """Were seed, step or sample left out of the key, every step would see the same rollouts."""
+    options = dict(n=3, max_new_tokens=20)
+    runs = [dict(), dict(seed=1), dict(step=1), dict(seed=1, step=1)]
+    got = [generate(model, [[1, 2], [3]], **options, **run).tokens.tolist() for run in runs]
+    assert len({tuple(row) for run in got for row in run}) == 4 * 6
+
+
+def test_uniforms():
+    """Streams that overlap would make completions depend on each other; a longer one must start
+    as the shorter, or a higher limit would change the text."""
+    long = uniforms(1, 2, [3, 4], 5, 4000)
+    assert long.dtype == np.float64 and long.min() >= 0 and long.max() < 1
+    assert np.array_equal(long[:7], uniforms(1, 2, (3, 4), 5, 7))
+    assert abs(long.mean() - 1 / 2) < 0.02 and abs(long.var() - 1 / 12) < 0.006
+    assert abs(np.corrcoef(long[1:], long[:-1])[0, 1]) < 0.06
+    keys = [(s, t, p, i) for s in (0, 1, 11) for t in (0, 1, 12) for i in (0, 1, 2) for p in (0, 1)]
+    prompts = [[1, 2], [12], [1], [2, 1], [1, 2, 0]]
+    starts = [uniforms(s, t, prompts[p], i, 1)[0] for s, t, p, i in keys]
+    starts += [uniforms(0, 0, p, 0, 1)[0] for p in prompts[2:]]
+    assert min(b - a for a, b in pairwise(sorted(starts))) > 0
+
+
+def test_ends_lengths_and_padding(model):
+    """The end token counts and is kept, nothing follows it, and a row without one is not finished;
+    rows that end early, and are dropped, must leave the others as they were."""
+    n, limit, eos = 12, 30, (7, 9)
+    endless = generate(model, PROMPTS, n, limit)
+    assert endless.lengths.tolist() == [limit] * 48 and not endless.finished.any()
+    got = generate(model, PROMPTS, n, limit, eos_ids=eos)
+    assert got.lengths.dtype == torch.long and got.logps.dtype == torch.float32
+    assert got.tokens.shape == got.logps.shape == (48, got.lengths.max())
+    for row, tokens in enumerate(endless.tokens.tolist()):
+        ends = [i for i, token in enumerate(tokens) if token in eos]
+        length = ends[0] + 1 if ends else limit
+        assert got.lengths[row] == length and got.finished[row] == bool(ends)
+        assert got.tokens[row, :length].tolist() == tokens[:length]
+        torch.testing.assert_close(
+            got.logps[row, :length], endless.logps[row, :length], atol=1e-5, rtol=0
+        )
+        assert not got.tokens[row, length:].any() and not got.logps[row, length:].any()
+    lengths, last = got.lengths.tolist(), got.tokens.gather(1, got.lengths[:, None] - 1)
+    assert min(lengths) == 1 and max(lengths) == limit  # ended at once; never
+    assert {7, 9} < set(last.flatten().tolist())
+    assert any(8 < length < limit - 8 for length in lengths)  # dropped on the way
+
+
+@pytest.mark.parametrize("limit", [1, 8, 9])
+def test_all_rows_may_end_before_the_limit(model, limit):
+    """When nothing is left to write, the batch could run on, or come back too wide."""
+    every = range(12)
+    got = generate(model, PROMPTS, 3, limit, eos_ids=every)
+    assert got.tokens.shape == (12, 1) and got.finished.all() and got.lengths.tolist() == [1] * 12
+    got = generate(model, PROMPTS, 3, limit, temperature=0, eos_ids=[int(got.tokens[0, 0])])
+    assert got.finished.tolist() == [len(t) <= limit and d for t, _, d in rows(got)]
+
+
+def test_texts_leave_out_the_end_token(folder):
+    """With the end token in it, the text of an answer would not be the answer."""
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    got = generate(model, [[5], [6]], 20, 30, eos_ids=tokenizer.eos_ids)
+    assert {True, False} == set(got.finished.tolist())
+    for text, (tokens, _, done) in zip(got.texts(tokenizer), rows(got), strict=True):
+        assert text == tokenizer.decode(tokens[:-1] if done else tokens)
+
+
+@pytest.mark.parametrize("bad", [dict(prompts=[[1], []]), dict(n=0), dict(max_new_tokens=0)])
+def test_nothing_to_sample_is_refused(model, bad):
+    """An empty prompt has no state to predict from: it would predict from its padding."""
+    with pytest.raises(UserError, match="nothing to sample"):
+        generate(model, **dict(prompts=[[1]]) | bad)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+def run_cli(*args):
+    """Exit code, stdout and stderr of the command."""
+    command = [sys.executable, "sample.py", *map(str, args)]
+    environment = os.environ | dict(PYTHONUTF8="1", OMP_NUM_THREADS="1")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment, timeout=300)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()  # as bytes: a \r stays one
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_cli_prints_what_generate_gives(folder, greedy):
+    """The text is printed token by token: characters of several tokens, the end of the text, or the
+    random streams (in another process) could go wrong."""
+    model, tokenizer, problem = load_model(folder), load_tokenizer(folder), "What is $3+4$?"
+    options, flags = dict(temperature=0, eos_ids=tokenizer.eos_ids), []
+    prompts = [tokenizer.encode(prompt_text(problem))]
+    if not greedy:  # the first seed with a completion that ends by itself
+        options |= dict(temperature=1.3, n=2, max_new_tokens=40)
+        runs = ((seed, generate(model, prompts, seed=seed, **options)) for seed in range(2, 200))
+        options["seed"] = next(seed for seed, run in runs if run.finished.any())
+        flags = ["--temperature", 1.3, "--samples", 2, "--max-new-tokens", 40]
+        flags += ["--seed", options["seed"]]
+    want = generate(model, prompts, **options)
+    code, out, err = run_cli(problem, "--model", folder, *flags)
+    assert (code, err) == (0, "")
+    assert out.count(problem) == options.get("n", 1)
+    for text in want.texts(tokenizer):
+        assert text.rstrip("\ufffd") + "\n" in out
+    assert f"{int(want.lengths.sum())} tokens" in out
+
+
+def test_cli_without_a_model_says_so(tmp_path):
+    """A mistyped path would end in a traceback, or in success."""
+    code, out, err = run_cli("1+1", "--model", tmp_path / "none")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert str(tmp_path / "none") in err

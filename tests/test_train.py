@@ -1,0 +1,189 @@
+"""train.py as its users run it: the command line, the run folder, resuming, errors in one line."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+from credit import METHODS
+from data.problems import problems_of_step
+from model import run_cli
+
+HOUSE = Path(__file__).parent.parent
+TIMING = {"seconds_rollout", "seconds_update", "tokens_per_second"}
+SMALL = "--steps 4 --prompts 3 --samples 3 --max-new-tokens 48 --eval-problems 8 --eval-samples 2"
+SMALL = f"{SMALL} --save-every 2".split()
+
+
+def start(*flags):
+    command = [sys.executable, "train.py", *SMALL, *map(str, flags)]
+    return subprocess.Popen(
+        command, cwd=HOUSE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def rows(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
+
+
+def untimed(folder):
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows(folder)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One real run of the command line: (folder, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("runs") / "full"
+    process = start("--out", folder, "--compare-rules")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return folder, out, err
+
+
+def test_run_folder(run):
+    """The run folder's format is what other tools read; a missing file or key breaks them."""
+    folder, out, err = run
+    names = {"config.json", "metrics.jsonl", "evals.jsonl", "samples.jsonl", "adapter"}
+    assert names | {"trainer.safetensors"} == {path.name for path in folder.iterdir()}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["credit"] == "arca" and config["settings"]["prompts"] == 3
+    sides = 2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 384)  # q and o, k and v, the MLP's three
+    assert config["parameters"]["trained"] == 16 * 4 * sides  # rank x layers x (in + out)
+    assert {"argv", "git", "versions"} <= config.keys()
+    metrics = rows(folder)
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    keys = "reward loss grad_norm lr entropy completion_tokens truncated groups_mixed"
+    keys += " groups_all_right groups_all_wrong gini effective_token_ratio credit_fallback"
+    keys += " logp_mismatch seconds_rollout seconds_update tokens_per_second"
+    assert all(set(keys.split()) <= row.keys() for row in metrics)
+    assert all(row["logp_mismatch"] < 1e-4 for row in metrics)
+    evals = rows(folder, "evals.jsonl")
+    assert [row["step"] for row in evals] == [0, 4]
+    assert {"greedy", "greedy_95", "pass@2", "pass@2_95", "n"} <= evals[0].keys()
+    sample = rows(folder, "samples.jsonl")[0]
+    assert len(sample["tokens"]) == len(sample["weights"])
+    assert sum(sample["weights"]) == pytest.approx(len(sample["weights"]), abs=0.01)
+    assert "\r" not in out + err and "held-out" in out and str(folder) in out
+
+
+def test_first_step_is_uniform_by_fallback(run):
+    """With B = 0 ARCA and divergence have nothing to go by; noise must not pass for credit."""
+    first, second = rows(run[0])[:2]
+    assert first["gini"] == 0 and first["effective_token_ratio"] == 1
+    assert first["credit_fallback"] == 1
+    assert (second["credit_fallback"] == 0) == (first["groups_mixed"] > 0)
+    assert {f"gini/{method}/2" for method in METHODS} <= first.keys()
+
+
+def test_every_metric_is_in_the_glossary(run):
+    """A logged number that nobody explains is noise."""
+    readme = (HOUSE / "README.md").read_text(encoding="utf-8")
+    keys = {key.split("/")[0] for key in rows(run[0])[0]}
+    assert not {key for key in keys if f"`{key}`" not in readme}
+
+
+def test_killed_run_resumes_to_the_same_numbers(run, tmp_path):
+    """A resume that loses optimizer state or the order of problems is another run in disguise."""
+    folder = tmp_path / "killed"
+    process = start("--out", folder, "--compare-rules", "--steps", 4)
+    while not (folder / "metrics.jsonl").exists() or len(rows(folder)) < 3:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    process = start("--out", folder, "--resume")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert untimed(folder) == untimed(run[0])
+    assert rows(folder, "evals.jsonl") == rows(run[0], "evals.jsonl")
+    name = "adapter/adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (run[0] / name).read_bytes()
+
+
+def cli(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *map(str, flags)])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(train.main)
+    return stop.value.code
+
+
+BAD_LINE = '{"problem": "1+1?", "answer": 2}\n{"problem": "no gold"}\n'
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--credit", "arcane"], "uniform, surprisal, entropy_reduction, divergence, arca"),
+        (["--samples", 1], "--samples 2"),
+        (["--advantage", "gae"], "grpo, rloo, centered"),
+        (["--aggregate", "mean"], "seq or token"),
+        (["--temperature", 0], "--temperature"),
+        (["--preset", "big"], "paper"),
+        (["--model", "no/where/at/all"], "no model folder"),
+        (["--data", "nowhere.jsonl"], "no data nowhere.jsonl"),
+        (["--data", "{bad}"], "line 2"),
+        (["--max-prompt-tokens", 3], "--max-prompt-tokens"),
+        (["--device", "cuda:99"], "--device cpu"),
+        (["--dtype", "int8"], "bf16"),
+        (["--chat"], "ChatML"),
+        (["--rank", 0], "--rank"),
+        (["--out", "{run}"], "--resume"),
+        (["--out", "{run}", "--resume", "--lr", 1], "lr = 0.002"),
+        (["--out", "{new}", "--resume"], "config.json"),
+    ],
+)
+def test_errors_are_one_line(monkeypatch, capsys, tmp_path, run, flags, says):
+    """A traceback, or silence, where a user made a slip; or a good run overwritten by it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text(BAD_LINE)
+    before = (run[0] / "metrics.jsonl").read_bytes()
+    names = dict(bad=tmp_path / "bad.jsonl", run=run[0], new=tmp_path / "new")
+    assert cli(monkeypatch, *[str(flag).format(**names) for flag in flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ") and says in error
+    assert (run[0] / "metrics.jsonl").read_bytes() == before
+    assert not (tmp_path / "runs").exists()
+
+
+def test_runs_name_themselves(monkeypatch, tmp_path):
+    """Two runs of the same command must not write into one folder."""
+    monkeypatch.chdir(tmp_path)
+    s = train.Settings(credit="uniform", seed=3)
+    names = [train.open_run(s, resume=False).name for _ in range(3)]
+    assert names == ["uniform-tiny-tiny-seed3" + end for end in ("", "-2", "-3")]
+
+
+def test_schedule():
+    """A warmup from 0 wastes the first step, a cosine that ends at 0 the last."""
+    s = train.Settings(lr=1.0, warmup=4, steps=12)
+    rates = [train.lr_at(step, s) for step in range(1, 13)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] > 0
+    assert rates[11] < 0.05 and rates[7] == pytest.approx(0.5, abs=0.1)
+
+
+def test_order_of_problems():
+    """Problems drawn with replacement, or an order that depends on the batch size or on what ran
+    before, cannot be resumed or compared."""
+    problems = list(range(10))
+    twos = [p for step in range(1, 11) for p in problems_of_step(problems, 2, 1, step)]
+    fives = [p for step in range(1, 5) for p in problems_of_step(problems, 5, 1, step)]
+    assert twos == fives
+    assert sorted(twos[:10]) == sorted(twos[10:]) == problems and twos[:10] != twos[10:]
+    assert problems_of_step(problems, 10, 2, 1) != twos[:10]
+
+
+def test_help_names_every_setting():
+    """A setting without a flag, or a flag without a word of help, might as well not exist."""
+    command = [sys.executable, "train.py", "--help"]
+    text = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True).stdout
+    flags = "credit preset model data eval-data steps prompts samples max-prompt-tokens"
+    flags += " max-new-tokens temperature top-p rank alpha lr sharpening advantage aggregate seed"
+    flags += " device out resume updates clip-low clip-high kl dtype"
+    assert all(re.search(rf"--{flag}\s", text) for flag in flags.split())
