@@ -255,7 +255,7 @@ def hub_folder(repo, revision=None, **what) -> Path:
 
         return Path(snapshot_download(repo, revision=revision or None, **what))
     except Exception as error:  # several libraries raise here
-        raise UserError(f"cannot get {repo} from the Hub: {str(error)[:200]}") from None
+        raise UserError(f"no {repo} from the Hub, nor from its cache: {str(error)[:150]}") from None
 
 
 def checkpoint_folder(path_or_id, revision=None) -> Path:
