@@ -22,6 +22,7 @@ from data.problems import TINY, load_problems, prompt_text
 from lora import load_adapter
 from model import KVCache, UserError, load_model, load_tokenizer, run_cli
 
+CACHE = 2**31  # numbers: 4 GiB in bf16
 CHECK_EVERY = 8  # tokens between two looks at which rows have ended; on a GPU each look is a wait
 
 
@@ -37,8 +38,7 @@ class Completions:
     def texts(self, tokenizer) -> list[str]:
         """The completions as text, without the token that ends them."""
         ends = (self.lengths - self.finished.long()).tolist()
-        rows = zip(self.tokens.tolist(), ends, strict=True)
-        return [tokenizer.decode(row[:end]) for row, end in rows]
+        return [tokenizer.decode(t[:n]) for t, n in zip(self.tokens.tolist(), ends, strict=True)]
 
 
 def uniforms(seed, step, prompt, sample, length):
@@ -102,8 +102,7 @@ def decode(model, prompts, u, eos_ids, temperature, top_p, top_k):
     rows = torch.arange(B, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     for position in range(u.shape[1]):
-        logits = model.logits(hidden)  # (b, V)
-        tokens, logps = draw(logits, u[rows, position], temperature, top_p, top_k)
+        tokens, logps = draw(model.logits(hidden), u[rows, position], temperature, top_p, top_k)
         yield rows, tokens, logps, ended
         ended = ended | torch.isin(tokens, stop)
         if position % CHECK_EVERY == CHECK_EVERY - 1 or B == 1:
@@ -130,16 +129,17 @@ def generate(
     max_rows=256,
 ) -> Completions:
     """n completions of each prompt (token ids), each ended by one of eos_ids or by max_new_tokens.
-
-    About max_rows rows are in memory at a time, which changes nothing. Results are on the CPU.
-    """
+    At most max_rows rows and CACHE cached numbers (or one prompt's n) are in memory at a time;
+    that changes no completion. Results are on the CPU."""
     if min(n, max_new_tokens) < 1:
         raise UserError("nothing to sample: n and max_new_tokens must be 1 or more")
     device, B = model.device, len(prompts) * n
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(B, max_new_tokens, device=device)
     lengths = torch.zeros(B, dtype=torch.long, device=device)
-    size = max(1, max_rows // n)  # prompts at a time
+    c, width = model.config, max(map(len, prompts), default=0) + max_new_tokens
+    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * width
+    size = max(1, min(max_rows, CACHE // row) // n)  # prompts at a time
     for first in range(0, len(prompts), size):
         part = prompts[first : first + size]
         u = [uniforms(seed, step, p, i, max_new_tokens) for p in part for i in range(n)]

@@ -270,8 +270,7 @@ def summary(folder, history, s: Settings):
     spread = [f"{mean(key, history):.3f}" for key in ("gini", "effective_token_ratio")]
     print(f"\n{s.credit}: Gini {spread[0]}, effective-token ratio {spread[1]} (mean of the steps)")
     print(f"run folder: {folder}\nnext: python credit.py {folder}  (shows which tokens were paid)")
-    other = "uniform" if s.credit != "uniform" else "arca"
-    print(f"      python train.py --credit {other}  (the same run with another rule)")
+    print(f"      python train.py --credit {'arca' if s.credit == 'uniform' else 'uniform'}")
 
 
 def main():

@@ -144,7 +144,8 @@ def load_split(s, tokenizer):
     seen = {p["problem"].strip() for p in test}
     usable = [p for p in fits[0] if p["problem"].strip() not in seen]
     if not usable or not test:
-        raise UserError("no problem is short enough to train or evaluate on: --max-prompt-tokens")
+        flags = "--data, --eval-data and --max-prompt-tokens"
+        raise UserError(f"no problem is left to train or to evaluate on: check {flags}")
     left_out = f"{len(train) - len(fits[0])} too long, {len(fits[0]) - len(usable)} evaluated on"
     return usable, test, f"{len(usable)} problems (left out: {left_out})"
 
