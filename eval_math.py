@@ -138,7 +138,7 @@ def evaluate(model, tokenizer, prompts, golds, samples, max_new_tokens, temperat
     texts, n = greedy.texts(tokenizer), len(golds)
     right = [verify(text, gold) for text, gold in zip(texts, golds, strict=True)]
     result = dict(greedy=sum(right) / n)
-    if samples:
+    if samples > 0:
         limits.update(temperature=temperature, top_p=top_p)
         drawn = generate(model, prompts, samples, **limits).texts(tokenizer)
         hits = [verify(text, golds[i // samples]) for i, text in enumerate(drawn)]
@@ -169,7 +169,7 @@ def main():
     add_flags(parser, flags | dict(temperature=(1.0, "of pass@k"), top_p=(1.0, "of pass@k")))
     s = parser.parse_args()
     model, tokenizer = load_base(s)
-    problems = load_problems(s.data, "test")[: s.problems]
+    problems = load_problems(s.data, "test")[: max(1, s.problems)]
     prompts = [tokenizer.encode(prompt_text(p["problem"], s.chat)) for p in problems]
     golds = [p["answer"] for p in problems]
     sampling = (s.samples, s.max_new_tokens, s.temperature, s.top_p, s.seed)

@@ -30,12 +30,12 @@ class UserError(Exception):
 
 
 def run_cli(main):
-    """Run a command line. A UserError, or too little memory, ends it in one line, exit code 2."""
+    """Run a command line. What the user or the machine got wrong is one line, and exit code 2."""
     try:
         return main()
-    except (UserError, MemoryError, RuntimeError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         line = " ".join(str(error).split())
-        if not isinstance(error, UserError):
+        if not isinstance(error, (UserError, OSError)):
             if isinstance(error, RuntimeError) and "memory" not in line:
                 raise
             line = "out of memory: lower --micro-tokens, --samples, --prompts or --max-new-tokens"

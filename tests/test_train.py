@@ -136,6 +136,7 @@ BAD_LINE = '{"problem": "1+1?", "answer": 2}\n{"problem": "no gold"}\n'
         (["--out", "{run}"], "--resume"),
         (["--out", "{run}", "--resume", "--lr", 1], "lr = 0.002"),
         (["--out", "{new}", "--resume"], "config.json"),
+        (["--out", "{bad}/run"], "Not a directory"),
     ],
 )
 def test_errors_are_one_line(monkeypatch, capsys, tmp_path, run, flags, says):
