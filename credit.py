@@ -110,8 +110,6 @@ def token_weights(method, signals: Signals, sharpening=1.0):
     """
     s, vanished = scores(method, signals)
     mask = signals.mask.to(s.dtype)
-    if method == "uniform":
-        return mask
     s = (s / s.amax(dim=1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)) ** sharpening * mask
     length = mask.sum(dim=1, keepdim=True)
     m = length * s / s.sum(dim=1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)

@@ -130,8 +130,8 @@ def wilson(mean: float, n: int) -> tuple[float, float]:
 def evaluate(model, tokenizer, prompts, golds, samples, max_new_tokens, temperature, top_p, seed):
     """Greedy accuracy, and pass@1 and pass@k from k = `samples`, with their 95 % intervals.
 
-    Returns (result, greedy texts, verdicts). Sampling is keyed by step -1, which no training step
-    has: every evaluation of a run sees the same uniforms, so that differences are paired.
+    Returns (result, the verdict on each greedy completion). Sampling is keyed by step -1, which no
+    training step has: every evaluation of a run sees the same uniforms; differences are paired.
     """
     limits = dict(max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids, seed=seed, step=-1)
     greedy = generate(model, prompts, temperature=0, **limits)
@@ -148,7 +148,7 @@ def evaluate(model, tokenizer, prompts, golds, samples, max_new_tokens, temperat
     intervals = {f"{key}_95": [round(x, 4) for x in wilson(result[key], n)] for key in result}
     ended = zip(texts, greedy.finished.tolist(), strict=True)
     boxed = sum(end and extract_answer(text) is not None for text, end in ended) / n
-    return result | intervals | dict(boxed=boxed, n=n), texts, right
+    return result | intervals | dict(boxed=boxed, n=n), right
 
 
 def rates(result) -> list[str]:
@@ -173,7 +173,7 @@ def main():
     prompts = [tokenizer.encode(prompt_text(p["problem"], s.chat)) for p in problems]
     golds = [p["answer"] for p in problems]
     sampling = (s.samples, s.max_new_tokens, s.temperature, s.top_p, s.seed)
-    result, _, right = evaluate(model, tokenizer, prompts, golds, *sampling)
+    result, right = evaluate(model, tokenizer, prompts, golds, *sampling)
     print(f"{s.data}: {len(golds)} problems, 95 % intervals in brackets")
     for key in rates(result):
         print(f"{key:8} {with_interval(result, key)}")

@@ -55,6 +55,11 @@ def rollout(model, tokenizer, problems, s, step) -> Rollout:
 # ---- Advantages ----------------------------------------------------------------------------------
 
 
+def has_spread(rewards):
+    """rewards (P, G) -> (P,): whether a group's rewards differ; if not, it teaches nothing."""
+    return (rewards != rewards[:, :1]).any(dim=1)
+
+
 def group_advantages(rewards, kind="grpo"):
     """rewards (P, G) -> advantages (P, G), each completion against its group.
 
@@ -72,8 +77,7 @@ def group_advantages(rewards, kind="grpo"):
         advantages = centered
     else:
         raise UserError(f"no advantage {kind!r}: use one of grpo, rloo, centered")
-    mixed = (rewards != rewards[:, :1]).any(dim=1, keepdim=True)  # (P, 1)
-    return torch.where(mixed, advantages, 0.0)
+    return torch.where(has_spread(rewards)[:, None], advantages, 0.0)
 
 
 # ---- Token log-probs -----------------------------------------------------------------------------
@@ -157,8 +161,8 @@ def signals(model, b: Batch, wanted, temperature):
             base = predicting_states(model, b)
             if "ref_logp" in wanted:
                 known.ref_logp, _ = on_tokens(model, b, base, temperature)
-        # ARCA: a token's credit is how far the adapter moves the state that predicts it.
-        known.residual = (states.detach() - base).norm(dim=-1) * b.mask  # ||h_adapted - h_base||_2
+            if "residual" in wanted:  # ARCA's: how far the adapter moves the predicting state
+                known.residual = (states - base).norm(dim=-1) * b.mask  # ||h_adapted - h_base||_2
     return logps, known
 
 
@@ -238,7 +242,7 @@ def merge(known: credit.Signals, rows, part: credit.Signals):
 def measure(r: Rollout, known: credit.Signals, m, s):
     """The metrics of a step, over all its completions; known and m are those of the whole step."""
     mask, rewards, c = known.mask, r.rewards, r.completions
-    mixed = (rewards != rewards[:, :1]).any(dim=1)
+    mixed = has_spread(rewards)
     gap = (known.logp - c.logps).abs()[mask]
     metrics = dict(
         reward=rewards.mean(),

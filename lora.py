@@ -65,9 +65,8 @@ def attach(model, names, rank, alpha, dropout=0.0, rslora=False):
     """Freeze the model and put a LoRA layer in the place of each named linear layer."""
     model.requires_grad_(False)
     for name in names:
-        model.set_submodule(
-            name, LoRALinear(model.get_submodule(name), rank, alpha, dropout, rslora)
-        )
+        layer = LoRALinear(model.get_submodule(name), rank, alpha, dropout, rslora)
+        model.set_submodule(name, layer)
 
 
 def add_lora(model, rank, alpha, targets=ALL_LINEAR, dropout=0.0, seed=0):
@@ -84,10 +83,8 @@ def add_lora(model, rank, alpha, targets=ALL_LINEAR, dropout=0.0, seed=0):
     attach(model, found, rank, alpha, dropout)
     rng = torch.Generator().manual_seed(seed)  # on the CPU: every device starts from the same A
     for layer in lora_layers(model).values():
-        A = torch.randn(layer.lora_A.weight.shape, generator=rng) / math.sqrt(
-            layer.base.in_features
-        )
-        layer.lora_A.weight.data.copy_(A)
+        A = torch.randn(layer.lora_A.weight.shape, generator=rng)
+        layer.lora_A.weight.data.copy_(A / math.sqrt(layer.base.in_features))
         layer.lora_B.weight.data.zero_()
     return model.eval()
 

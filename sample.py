@@ -162,11 +162,13 @@ FLAGS = dict(model=(str(TINY), "a checkpoint folder or a Hub id"))  # name: (def
 FLAGS |= dict(revision=("", "branch, tag or commit of the Hub id"))
 FLAGS |= dict(adapter=("", "a PEFT adapter, such as runs/NAME/adapter"))
 FLAGS |= dict(data=("tiny", "tiny, math, math500, gsm8k or a JSONL file"))
-FLAGS |= dict(device=("auto", "cpu, cuda, ..."), dtype=("auto", "fp32, bf16"), seed=(1, "of all"))
+FLAGS |= dict(device=("auto", "auto, cpu, cuda, cuda:1, ..."))
+FLAGS |= dict(dtype=("auto", "of the frozen weights: fp32, bf16, or auto (fp32 on CPU)"))
+FLAGS |= dict(seed=(1, "of everything that is random"))
 
 
 def add_flags(parser, flags):
-    """FLAGS, which sample.py and eval_math.py share, and more of the kind."""
+    """FLAGS, which every command line has, and more of the kind."""
     parser.add_argument("--chat", action="store_true", help="prompt as a chat turn (ChatML)")
     for name, (default, text) in (FLAGS | flags).items():
         flag = f"--{name.replace('_', '-')}"

@@ -25,12 +25,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import credit
-from data.problems import TINY, load_split, problems_of_step
+from data.problems import load_split, problems_of_step
 from eval_math import evaluate, rates, with_interval
 from grpo import group_advantages, rollout, update
 from lora import add_lora, load_adapter, lora_parameters, save_adapter
 from model import UserError, read_json, run_cli
-from sample import load_base
+from sample import FLAGS, load_base
 
 
 def setting(default, help):
@@ -44,10 +44,10 @@ class Settings:
     credit: str = setting("arca", f"token-credit rule: {', '.join(credit.METHODS)}")
     sharpening: float = setting(1.0, "exponent on a rule's scores before they are normalised")
     preset: str = setting("", "'paper' for the settings of the ARCA paper")
-    model: str = setting(str(TINY), "a checkpoint folder or a Hub id")
-    revision: str = setting("", "branch, tag or commit of the Hub id")
+    model: str = setting(*FLAGS["model"])
+    revision: str = setting(*FLAGS["revision"])
     chat: bool = setting(False, "prompt as a chat turn (ChatML), for instruction-tuned models")
-    data: str = setting("tiny", "tiny, math, math500, gsm8k or a JSONL file")
+    data: str = setting(*FLAGS["data"])
     eval_data: str = setting("", "likewise; default: the test split, or every 10th line of a file")
     eval_problems: int = setting(500, "held-out problems to evaluate on")
     eval_samples: int = setting(4, "samples a problem for pass@k; 0 for greedy only")
@@ -75,9 +75,9 @@ class Settings:
     kl: float = setting(0.0, "weight of the k3 KL penalty to the base model")
     micro_tokens: int = setting(4096, "tokens in memory at a time, which changes no gradient")
     # the run
-    seed: int = setting(1, "of everything that is random")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = setting("auto", "of the frozen weights: fp32, bf16, or auto (fp32 on CPU)")
+    seed: int = setting(*FLAGS["seed"])
+    device: str = setting(*FLAGS["device"])
+    dtype: str = setting(*FLAGS["dtype"])
     out: str = setting("", "the run folder; default: runs/ and what the run does")
     save_every: int = setting(20, "steps between checkpoints")
     compare_rules: bool = setting(False, "log the concentration of every rule's weights as well")
@@ -116,10 +116,9 @@ def parse_settings():
         raise UserError(f"no aggregate {s.aggregate!r}: use seq or token")
     if s.samples < 2:
         raise UserError("GRPO compares the samples of a problem: use --samples 2 or more")
-    positive = "rank steps prompts updates max_prompt_tokens max_new_tokens eval_problems lr alpha"
-    for (
-        name
-    ) in f"{positive} micro_tokens save_every temperature top_p sharpening grad_clip".split():
+    positive = "rank alpha lr steps prompts updates max_prompt_tokens max_new_tokens eval_problems"
+    positive += " micro_tokens save_every temperature top_p sharpening grad_clip"
+    for name in positive.split():
         if not 0 < getattr(s, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)} is not positive")
     return s, resume
@@ -138,9 +137,7 @@ def lr_at(step, s: Settings):
 def open_run(s: Settings, resume) -> Path:
     """The run folder. One that holds a run is never written into, unless that run is resumed."""
     if s.out and (Path(s.out) / "config.json").exists() and not resume:
-        raise UserError(
-            f"{s.out} holds a run: give another --out, or add --resume to go on with it"
-        )
+        raise UserError(f"{s.out} holds a run: give another --out, or --resume to go on with it")
     name = "-".join([s.credit, Path(s.model).name, Path(s.data).stem, f"seed{s.seed}"])
     folder, count = Path(s.out or f"runs/{name}"), 1
     while not s.out and folder.exists():
@@ -209,7 +206,7 @@ def evaluate_step(model, tokenizer, held_out, s: Settings, step, folder):
     """Evaluate; write a line of evals.jsonl, say it, and return the greedy accuracy."""
     prompts, golds = [p["prompt"] for p in held_out], [p["answer"] for p in held_out]
     sampling = (s.eval_samples, s.max_new_tokens, s.temperature, s.top_p, s.seed)
-    result, _, _ = evaluate(model, tokenizer, prompts, golds, *sampling)
+    result, _ = evaluate(model, tokenizer, prompts, golds, *sampling)
     append(folder / "evals.jsonl", dict(step=step) | result)
     said = [f"{key} {with_interval(result, key)}" for key in rates(result)]
     tqdm.write(f"step {step:4d}  held-out {', '.join(said)}, {result['n']} problems")
@@ -252,9 +249,10 @@ def warn(history, model):
         tqdm.write("WARNING: the loss or gradient was not finite; this step was skipped")
     if len(last) == 5 and all(row["skipped"] for row in last):
         raise UserError("loss or gradient not finite in 5 steps in a row: lower --lr")
-    B = [p for name, p in lora_parameters(model).items() if "lora_B" in name]
-    if len(history) == 3 and any(x["groups_mixed"] for x in last) and not any(p.any() for p in B):
-        tqdm.write("WARNING: LoRA's B is still zero after 3 steps: no gradient reaches it")
+    if len(history) == 3 and any(row["groups_mixed"] for row in last):
+        B = [p for name, p in lora_parameters(model).items() if "lora_B" in name]
+        if not any(p.any() for p in B):
+            tqdm.write("WARNING: LoRA's B is still zero after 3 steps: no gradient reaches it")
 
 
 def summary(folder, history, s: Settings):

@@ -152,10 +152,12 @@ def load_split(s, tokenizer):
 
 def problems_of_step(problems, count, seed, step):
     """The `count` problems of step 1, 2, ...; each epoch is a shuffle decided by (seed, epoch)."""
-    chosen = []
-    for i in range((step - 1) * count, step * count):
-        epoch, place = divmod(i, len(problems))
-        order = list(range(len(problems)))
+    first, last = (step - 1) * count, step * count  # of the problems of all epochs in a row
+    epochs = range(first // len(problems), (last - 1) // len(problems) + 1)
+    row = []
+    for epoch in epochs:
+        order = list(problems)
         random.Random(f"{seed} {epoch}").shuffle(order)
-        chosen.append(problems[order[place]])
-    return chosen
+        row += order
+    start = first - epochs[0] * len(problems)
+    return row[start : start + count]
