@@ -11,8 +11,9 @@ import re
 from fractions import Fraction
 
 from data.problems import last_boxed, load_problems, prompt_text
-from model import run_cli
-from sample import add_flags, generate, load_base
+from plumbing.cli import add_flags, load_base
+from plumbing.files import run_cli
+from sample import generate
 
 MAX_ANSWER = 1000  # characters; no gold answer of MATH is longer than 160
 END_OF_TURN = re.compile(r"<\|im_end\|>|<\|endoftext\|>|<\|eot_id\|>|</s>")

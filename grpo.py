@@ -11,10 +11,10 @@ whole step, so that micro-batches add up to the same gradient however they are c
 is over all the rollouts of the step, those without a gradient included.
 """
 
-import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 import credit
 from eval_math import verify
 from lora import adapter_off, lora_parameters
-from model import UserError
-from sample import Completions, generate
+from plumbing.diagnostics import diagnose, step_classes
+from plumbing.files import UserError
+from sample import Completions, entropy, generate, uniforms
 
 LOGITS = 2**25  # logits in memory at a time: 128 MiB in fp32
 
@@ -32,24 +33,43 @@ LOGITS = 2**25  # logits in memory at a time: 128 MiB in fp32
 class Rollout:
     """The completions of a step and what they earned."""
 
-    problems: list[dict]  # P
-    prompts: list[list[int]]  # P lists of token ids
+    problems: list[dict]  # P, each with the token ids of its `prompt`, and of its `negative` one
     completions: Completions  # B = P x G rows
     texts: list[str]  # B
     rewards: torch.Tensor  # (P, G)
+    classes: torch.Tensor | None = None  # (B, T) the class of each token: plumbing/diagnostics.py
+    noise: torch.Tensor | None = None  # (B, T) uniforms for the controls
 
 
-def rollout(model, tokenizer, problems, s, step) -> Rollout:
-    """Sample s.samples completions of each problem and grade them; s: the Settings of train.py."""
-    prompts = [p["prompt"] for p in problems]
-    sampling = (s.samples, s.max_new_tokens, s.temperature, s.top_p)
+def wanted_signals(s, compare=False) -> set[str]:
+    """The signals that the rule of these Settings reads, or with compare that any rule does."""
+    rules = credit.METHODS if compare else (s.credit,)
+    wanted = {name for rule in rules for name in credit.needs(rule)}
+    return wanted | {"ref_logp"} if s.kl > 0 else wanted
+
+
+def rollout(model, tokenizer, problems, s, step, compare=False) -> Rollout:
+    """Sample s.samples completions of each problem and grade them; s: the Settings of train.py.
+
+    The sampler also keeps what rules that see the whole step read of it: they come before any pass.
+    """
+    wanted = wanted_signals(s, compare)
+    keep = wanted & {"entropy", "hidden"}
+    prompts, G = [p["prompt"] for p in problems], s.samples
+    sampling = (G, s.max_new_tokens, s.temperature, s.top_p)
     randomness = dict(seed=s.seed, step=step)
-    completions = generate(model, prompts, *sampling, eos_ids=tokenizer.eos_ids, **randomness)
-    texts = completions.texts(tokenizer)
-    golds = [p["answer"] for p in problems for _ in range(s.samples)]
+    stop = tokenizer.eos_ids
+    c = generate(model, prompts, *sampling, eos_ids=stop, keep=keep, **randomness)
+    texts = c.texts(tokenizer)
+    golds = [p["answer"] for p in problems for _ in range(G)]
     rewards = [float(verify(text, gold)) for text, gold in zip(texts, golds, strict=True)]
-    rewards = torch.tensor(rewards).view(len(prompts), s.samples)
-    return Rollout(problems, prompts, completions, texts, rewards)
+    rewards = torch.tensor(rewards).view(len(prompts), G)
+    T = c.tokens.shape[1]
+    r = Rollout(problems, c, texts, rewards, step_classes(c, tokenizer))
+    if "noise" in wanted:  # streams of their own: those of samples -1, -2, ..., else unused
+        noise = [uniforms(s.seed, step, p, -1 - i, T) for p in prompts for i in range(G)]
+        r.noise = torch.from_numpy(np.stack(noise))
+    return r
 
 
 # ---- Advantages ----------------------------------------------------------------------------------
@@ -95,8 +115,8 @@ def token_logps(model, hidden, targets, temperature=1.0, chunk=None):
         logits = model.logits(h).float() / temperature  # (chunk, V)
         logps = torch.log_softmax(logits, dim=-1)
         with torch.no_grad():
-            entropy = -(logps.exp() * logps).sum(dim=-1)
-        return logps.gather(-1, y[:, None])[:, 0], entropy
+            uncertainty = entropy(logps)
+        return logps.gather(-1, y[:, None])[:, 0], uncertainty
 
     chunk = chunk or max(1, LOGITS // model.config.vocab_size)
     pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
@@ -116,11 +136,11 @@ class Batch:
     sampled_logps: torch.Tensor  # (b, T) what the sampler said
 
 
-def make_batch(r: Rollout, rows, device) -> Batch:
-    """The given rows of a rollout as a Batch on the device."""
+def make_batch(r: Rollout, rows, device, prompt="prompt") -> Batch:
+    """The given rows of a rollout as a Batch on the device, after the problems' `prompt`."""
     c, G, lengths = r.completions, r.rewards.shape[1], r.completions.lengths[rows]  # (b,)
     T = int(lengths.max())
-    prompts = [r.prompts[row // G] for row in rows.tolist()]
+    prompts = [r.problems[row // G][prompt] for row in rows.tolist()]
     starts = torch.tensor([len(p) for p in prompts])[:, None]  # (b, 1) where the completion starts
     columns = torch.arange(T)
     mask = columns < lengths[:, None]
@@ -133,10 +153,17 @@ def make_batch(r: Rollout, rows, device) -> Batch:
     return Batch(*(field.to(device) for field in fields))
 
 
-def predicting_states(model, b: Batch):
-    """The hidden states that predict the completion tokens, (b, T, D)."""
-    hidden = model(b.ids)  # (b, L, D)
-    return hidden.gather(1, b.at[:, :, None].expand(-1, -1, hidden.shape[-1]))
+def predicting_states(model, b: Batch, layer="final"):
+    """The states that predict the completion tokens (b, T, D), and a list of those that ARCA
+    compares: after the final norm (`final`), before it (`prenorm`) or after each block (`sum`)."""
+    blocks = None if layer == "final" else []
+    hidden = model(b.ids, blocks=blocks)
+    at = b.at[:, :, None].expand(-1, -1, hidden.shape[-1])
+    states = hidden.gather(1, at)
+    if layer == "final":
+        return states, [states.detach()]
+    compared = blocks if layer == "sum" else blocks[-1:]
+    return states, [block.detach().gather(1, at).float() for block in compared]
 
 
 def on_tokens(model, b: Batch, states, temperature):
@@ -146,24 +173,32 @@ def on_tokens(model, b: Batch, states, temperature):
     return zeros.masked_scatter(b.mask, logps), zeros.masked_scatter(b.mask, entropies)
 
 
-def signals(model, b: Batch, wanted, temperature):
-    """The log-probs (b, T) with their gradient, and what credit rules may know of these tokens.
+def signals(model, r: Rollout, rows, wanted, s):
+    """The Batch of these rows, their log-probs (b, T) with the gradient, and a dict of the wanted
+    signals that the model knows.
 
     The adapted states are those of the training pass itself. The base ones come from one more pass,
     under adapter_off: same tokens, same shapes, same kernels, so that B = 0 gives exactly 0 and no
     rounding passes for credit.
     """
-    states = predicting_states(model, b)  # (b, T, D)
-    logps, entropy = on_tokens(model, b, states, temperature)
-    known = credit.Signals(b.mask, logps.detach(), entropy)
+    b = make_batch(r, rows, model.device)
+    states, adapted = predicting_states(model, b, s.arca_layer)  # (b, T, D)
+    logps, uncertainty = on_tokens(model, b, states, s.temperature)
+    found = dict(logp=logps.detach(), entropy=uncertainty)
     if {"residual", "ref_logp"} & wanted:
         with torch.no_grad(), adapter_off(model):
-            base = predicting_states(model, b)
+            states, base = predicting_states(model, b, s.arca_layer)
             if "ref_logp" in wanted:
-                known.ref_logp, _ = on_tokens(model, b, base, temperature)
+                found["ref_logp"], _ = on_tokens(model, b, states, s.temperature)
             if "residual" in wanted:  # ARCA's: how far the adapter moves the predicting state
-                known.residual = (states - base).norm(dim=-1) * b.mask  # ||h_adapted - h_base||_2
-    return logps, known
+                gaps = [(x - y).norm(dim=-1) for x, y in zip(adapted, base, strict=True)]
+                found["residual"] = sum(gaps) * b.mask  # ||h_adapted - h_base||_2
+    if "neg_logp" in wanted:
+        with torch.no_grad():
+            other = make_batch(r, rows, model.device, "negative")
+            states, _ = predicting_states(model, other)
+            found["neg_logp"], _ = on_tokens(model, other, states, s.temperature)
+    return b, logps, found
 
 
 # ---- The loss and the update ---------------------------------------------------------------------
@@ -192,7 +227,8 @@ def kl_k3(logps, ref_logps):
 def micro_batches(r: Rollout, chosen, budget):
     """The chosen rows (B,) of a rollout, in groups of like length of at most `budget` tokens."""
     G, lengths = r.rewards.shape[1], r.completions.lengths.tolist()
-    size = {row: len(r.prompts[row // G]) + lengths[row] for row in chosen.nonzero()[:, 0].tolist()}
+    rows = chosen.nonzero()[:, 0].tolist()
+    size = {row: len(r.problems[row // G]["prompt"]) + lengths[row] for row in rows}
     groups = []
     for row in sorted(size, key=size.get):  # so the newest row of a group is its longest
         if not groups or size[row] * (len(groups[-1]) + 1) > budget:
@@ -209,95 +245,105 @@ def clip_gradients(parameters, limit):
     return norm.item()
 
 
-def add_gradient(model, r: Rollout, rows, advantages, per_row, s, wanted):
-    """Add the gradient of these rows' share of the step's loss; returns that share and the signals.
+def given_signals(r: Rollout, advantages) -> credit.Signals:
+    """The signals of a step (B, T) that need no pass: what the sampler saw, and what follows."""
+    c = r.completions
+    mask = torch.arange(c.tokens.shape[1]) < c.lengths[:, None]
+    group = torch.arange(len(mask)) // r.rewards.shape[1]
+    known = credit.Signals(mask, c.logps, c.entropy, hidden=c.hidden, noise=r.noise)
+    return replace(known, advantage=advantages, group=group)
 
-    per_row (B,) is what each token of a row counts. Rows that have no gradient are only measured.
+
+def at_rows(known: credit.Signals, rows, b: Batch, names) -> credit.Signals:
+    """The named signals of some rows of the step, on the batch's device and of its width."""
+    here = {name: getattr(known, name)[rows] for name in names if getattr(known, name) is not None}
+    here = {n: x[:, : b.mask.shape[1]] if x.ndim > 1 else x for n, x in here.items()}
+    return credit.Signals(b.mask, **{name: x.to(b.mask.device) for name, x in here.items()})
+
+
+def add_gradient(model, r: Rollout, rows, known, m, per_row, s, wanted):
+    """Add the gradient of these rows' share of the step's loss; returns that share and what became
+    known of their tokens.
+
+    known holds the signals of the whole step that need no pass, and m (B, T) the multipliers if the
+    rule needs no others, else None. per_row (B,) is what each token of a row counts.
     """
-    b = make_batch(r, rows, model.device)
-    learn = s.kl > 0 or bool((advantages[rows] != 0).any())
-    with torch.set_grad_enabled(learn):
-        logps, known = signals(model, b, wanted, s.temperature)
-        m = credit.token_weights(s.credit, known, s.sharpening)  # (b, T)
-        token_advantages = advantages[rows, None].to(m.device) * m
-        old_logps = b.sampled_logps if s.updates > 1 else None
-        gain = policy_objective(logps, token_advantages, old_logps, s.clip_low, s.clip_high)
-        if s.kl > 0:
-            gain = gain - s.kl * kl_k3(logps, known.ref_logp)
-        loss = -(gain * b.mask * per_row[rows, None].to(m.device)).sum()
-    if learn:
-        loss.backward()
-    return loss.item(), known
+    b, logps, found = signals(model, r, rows, wanted, s)
+    here = at_rows(known, rows, b, {"advantage", *(credit.needs(s.credit) if m is None else ())})
+    if m is None:
+        m = credit.token_weights(s.credit, replace(here, **found), s.sharpening)  # (b, T)
+    else:
+        m = m[rows, : b.mask.shape[1]].to(b.mask.device)
+    old_logps = b.sampled_logps if s.updates > 1 else None
+    token_advantages = here.advantage[:, None] * m
+    gain = policy_objective(logps, token_advantages, old_logps, s.clip_low, s.clip_high)
+    if s.kl > 0:
+        gain = gain - s.kl * kl_k3(logps, found["ref_logp"])
+    loss = -(gain * b.mask * per_row[rows, None].to(m.device)).sum()
+    loss.backward()
+    return loss.item(), found
 
 
-def merge(known: credit.Signals, rows, part: credit.Signals):
-    """Put the signals of some rows where they belong among those of the whole step, on the CPU."""
-    for name, value in vars(part).items():
-        if value is not None:
-            if getattr(known, name) is None:
-                setattr(known, name, torch.zeros(known.mask.shape))
-            getattr(known, name)[rows, : value.shape[1]] = value.cpu()
+def merge(known: dict, rows, part: dict, shape):
+    """Put the signals of some rows where they belong among those (B, T) of the step, on the CPU."""
+    for name, value in part.items():
+        known.setdefault(name, torch.zeros(shape))[rows, : value.shape[1]] = value.cpu()
 
 
-def measure(r: Rollout, known: credit.Signals, m, s):
-    """The metrics of a step, over all its completions; known and m are those of the whole step."""
-    mask, rewards, c = known.mask, r.rewards, r.completions
-    mixed = has_spread(rewards)
-    gap = (known.logp - c.logps).abs()[mask]
+def measure(r: Rollout, known: credit.Signals, s):
+    """What GRPO does, over all the completions of a step."""
+    rewards, c = r.rewards, r.completions
+    mixed, gap = has_spread(rewards), (known.logp - c.logps).abs()[known.mask]
     metrics = dict(
         reward=rewards.mean(),
-        entropy=known.entropy[mask].mean(),
+        entropy=known.entropy[known.mask].mean(),
         completion_tokens=c.lengths.sum(),
         truncated=(~c.finished).float().mean(),
         groups_mixed=mixed.sum(),
         groups_all_right=(~mixed & (rewards[:, 0] > 0)).sum(),
         groups_all_wrong=(~mixed & (rewards[:, 0] <= 0)).sum(),
-        gini=credit.gini(m, mask).mean(),
-        effective_token_ratio=credit.effective_token_ratio(m, mask).mean(),
-        credit_fallback=credit.scores(s.credit, known)[1].float().mean(),
         logp_mismatch=gap.max(),
         logp_mismatch_mean=gap.mean(),
     )
     if s.kl > 0:
-        metrics["kl"] = kl_k3(known.logp, known.ref_logp)[mask].mean()
-    for method, p in itertools.product(credit.METHODS, (1, 2) if s.compare_rules else ()):
-        other = credit.token_weights(method, known, p)
-        metrics[f"gini/{method}/{p}"] = credit.gini(other, mask).mean()
-        ratio = credit.effective_token_ratio(other, mask)
-        metrics[f"effective_token_ratio/{method}/{p}"] = ratio.mean()
+        metrics["kl"] = kl_k3(known.logp, known.ref_logp)[known.mask].mean()
     return {name: value.item() for name, value in metrics.items()}
 
 
-def update(model, optimizer, r: Rollout, advantages, s):
-    """Train s.updates times on a rollout, advantages (B,); returns metrics, multipliers (B, T).
+def update(model, optimizer, r: Rollout, advantages, s, compare=False):
+    """Train s.updates times on a rollout, advantages (B,); returns the metrics, the signals of the
+    step and its multipliers (B, T).
 
-    A gradient that is not finite leaves the parameters as they are (`skipped` is then 1).
+    A gradient that is not finite leaves the parameters as they are (`skipped` is then 1). With
+    compare the signals that any rule reads are computed, and the rules are compared.
     """
     parameters, lengths = list(lora_parameters(model).values()), r.completions.lengths
-    wanted = set(credit.needs(s.credit)) | ({"ref_logp"} if s.kl > 0 else set())
-    if s.compare_rules:
-        wanted |= {name for method in credit.METHODS for name in credit.needs(method)}
+    wanted = wanted_signals(s, compare)
     # The normalisers of the whole step: a completion counts 1 / B, or a token 1 / all tokens.
     seq, token = 1 / (len(lengths) * lengths), torch.ones(len(lengths)) / lengths.sum()
     per_row = seq if s.aggregate == "seq" else token
-    known = credit.Signals(torch.zeros(r.completions.tokens.shape, dtype=torch.bool))
-    metrics = dict(loss=0.0, grad_norm=0.0, skipped=0)
-    for turn in range(s.updates):
-        idle = (advantages == 0) & (s.kl == 0)  # groups without spread: no gradient, so no backward
-        batches = micro_batches(r, ~idle, s.micro_tokens)
-        if turn == 0:  # the metrics are those of the policy that sampled
-            batches += micro_batches(r, idle, s.micro_tokens)
-        for rows in batches:
-            loss, part = add_gradient(model, r, rows, advantages, per_row, s, wanted)
-            if turn == 0:
+    known, m = given_signals(r, advantages), None
+    if credit.METHODS[s.credit][2] is credit.STEP:  # from what the sampler saw, before any pass
+        m = credit.token_weights(s.credit, known, s.sharpening)
+    found, metrics = {}, dict(loss=0.0, grad_norm=0.0, skipped=0)
+    learns = (advantages != 0) | (s.kl > 0)
+    for rows in micro_batches(r, ~learns, s.micro_tokens):  # groups without spread: only measured
+        with torch.no_grad():
+            merge(found, rows, signals(model, r, rows, wanted, s)[2], known.mask.shape)
+    for turn in range(s.updates if learns.any() else 0):
+        for rows in micro_batches(r, learns, s.micro_tokens):
+            loss, part = add_gradient(model, r, rows, known, m, per_row, s, wanted)
+            if turn == 0:  # the metrics are those of the policy that sampled
                 metrics["loss"] += loss
-                merge(known, rows, part)
-        if not idle.all():
-            metrics["grad_norm"] = clip_gradients(parameters, s.grad_clip)
-            if math.isfinite(metrics["grad_norm"]) and math.isfinite(metrics["loss"]):
-                optimizer.step()
-            else:
-                metrics["skipped"] = 1
-            optimizer.zero_grad(set_to_none=True)
-    m = credit.token_weights(s.credit, known, s.sharpening)
-    return metrics | measure(r, known, m, s), m
+                merge(found, rows, part, known.mask.shape)
+        metrics["grad_norm"] = clip_gradients(parameters, s.grad_clip)
+        if math.isfinite(metrics["grad_norm"]) and math.isfinite(metrics["loss"]):
+            optimizer.step()
+        else:
+            metrics["skipped"] = 1
+        optimizer.zero_grad(set_to_none=True)
+    known = replace(known, **found)
+    if m is None:
+        m = credit.token_weights(s.credit, known, s.sharpening)
+    metrics |= measure(r, known, s) | diagnose(r, known, m, per_row, s, compare)
+    return metrics, known, m

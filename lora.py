@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from model import UserError, check_tensors, read_json
+from plumbing.files import UserError, check_tensors, read_json, read_tensors
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # what PEFT puts before each of our names
@@ -133,10 +132,7 @@ def load_adapter(model, folder):
         asks.append("init_lora_weights")  # such as pissa, which alters the base
     if asks:
         raise UserError(f"{folder}: {asks[0]} = {config.get(asks[0])!r} is not supported")
-    try:
-        tensors = load_file(path / "adapter_model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path / 'adapter_model.safetensors'} cannot be read: {error}") from None
+    tensors, _ = read_tensors(path / "adapter_model.safetensors")
     names = sorted({name.removeprefix(PREFIX).rsplit(".", 2)[0] for name in tensors})
     if wrong := set(names) - set(linear_layers(model)):
         raise UserError(f"{folder} adapts {min(wrong)}, which is no plain layer of this model")

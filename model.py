@@ -9,39 +9,19 @@ Shapes, here and in every file: B rows, P prompts, G samples a prompt, T tokens,
 hidden, V vocabulary, H heads, K head_dim.
 """
 
-import json
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer as TokenizerFile
+
+from plumbing.files import UserError, check_tensors, hub_folder, read_json, read_tensors
 
 INDEX = "model.safetensors.index.json"  # which file of a sharded checkpoint holds what
 HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "model*.safetensors", INDEX]
 FAMILIES = dict(qwen3=(False, True), qwen2=(True, False), llama=(False, False))  # bias, norm
-
-
-class UserError(Exception):
-    """What the user gave cannot be used. The message is one line: what is wrong and what to do."""
-
-
-def run_cli(main):
-    """Run a command line. What the user or the machine got wrong is one line, and exit code 2."""
-    try:
-        return main()
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        line = " ".join(str(error).split())
-        if not isinstance(error, (UserError, OSError)):
-            if isinstance(error, RuntimeError) and "memory" not in line:
-                raise
-            line = "out of memory: lower --micro-tokens, --samples, --prompts or --max-new-tokens"
-    print("error:", line, file=sys.stderr)
-    sys.exit(2)
-
 
 # ---- The model -----------------------------------------------------------------------------------
 
@@ -190,10 +170,11 @@ class Qwen3(nn.Module):
     def device(self):
         return self.lm_head.weight.device
 
-    def forward(self, ids, cache=None):
+    def forward(self, ids, cache=None, blocks=None):
         """ids (B, T), right-padded -> states after the final norm (B, T, D), in fp32.
 
         With a cache, row b's tokens stand at positions cache.lengths[b], ... and are added to it.
+        To a list `blocks` the state (B, T, D) after each block is appended.
         """
         x = self.model.embed_tokens(ids)  # (B, T, D)
         positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
@@ -202,6 +183,8 @@ class Qwen3(nn.Module):
         rope = rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for layer, block in enumerate(self.model.layers):
             x = block(x, rope, cache, layer)
+            if blocks is not None:
+                blocks.append(x)
         # A small ARCA residual would drown in one more rounding to bf16: the last norm stays fp32.
         return self.model.norm(x.float())
 
@@ -248,16 +231,6 @@ class KVCache:
 # ---- Checkpoints in Hugging Face layout ----------------------------------------------------------
 
 
-def hub_folder(repo, revision=None, **what) -> Path:
-    """Download those files of a Hub repository, unless they are cached; returns their folder."""
-    try:
-        from huggingface_hub import snapshot_download  # slow to import, and only needed here
-
-        return Path(snapshot_download(repo, revision=revision or None, **what))
-    except Exception as error:  # several libraries raise here
-        raise UserError(f"no {repo} from the Hub, nor from its cache: {str(error)[:150]}") from None
-
-
 def checkpoint_folder(path_or_id, revision=None) -> Path:
     """The folder of a checkpoint, which for a Hub id is downloaded first."""
     name = str(path_or_id)
@@ -268,33 +241,14 @@ def checkpoint_folder(path_or_id, revision=None) -> Path:
     return hub_folder(name, revision, allow_patterns=HUB_FILES)
 
 
-def read_json(path) -> dict:
-    try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): get it again") from None
-
-
 def read_weights(folder: Path) -> dict:
-    """The tensors of single-file or sharded safetensors by name, memory-mapped."""
+    """The tensors of single-file or sharded safetensors by name."""
     files, state = ["model.safetensors"], {}
     if (folder / INDEX).exists():
         files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-    for path in (folder / file for file in files):
-        try:
-            with safe_open(path, framework="pt") as file:
-                state.update((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is missing or damaged ({error}): get it again") from None
+    for file in files:
+        state.update(read_tensors(folder / file)[0])
     return state
-
-
-def check_tensors(found: dict, expected: dict, folder):
-    """UserError unless these are the expected tensors, by name and shape, and floats."""
-    for name in sorted(expected.keys() | found.keys()):
-        have, want = (tuple(d[name].shape) if name in d else "no such" for d in (found, expected))
-        if have != want or not found[name].is_floating_point():
-            raise UserError(f"{folder}: {have} tensor {name}, but {want} float expected")
 
 
 def load_model(path_or_id, device="cpu", dtype=None, revision=None) -> Qwen3:

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.problems import TINY, load_problems, prompt_text
-from lora import load_adapter
-from model import KVCache, UserError, load_model, load_tokenizer, run_cli
+from data.problems import load_problems, prompt_text
+from model import KVCache
+from plumbing.cli import add_flags, load_base
+from plumbing.files import UserError, run_cli
 
 CACHE = 2**31  # numbers: 4 GiB in bf16
 CHECK_EVERY = 8  # tokens between two looks at which rows have ended; on a GPU each look is a wait
@@ -34,6 +35,8 @@ class Completions:
     lengths: torch.Tensor  # (B,)
     logps: torch.Tensor  # (B, T) fp32, at the sampling temperature, before any top-p or top-k cut
     finished: torch.Tensor  # (B,) bool: ended by itself, not cut off at max_new_tokens
+    entropy: torch.Tensor | None = None  # (B, T) nats, of the distribution of `logps`
+    hidden: torch.Tensor | None = None  # (B, T, D) the state that predicts each token
 
     def texts(self, tokenizer) -> list[str]:
         """The completions as text, without the token that ends them."""
@@ -78,11 +81,16 @@ def draw(logits, u, temperature=1.0, top_p=1.0, top_k=0):
     return tokens, logps.gather(-1, tokens[:, None])[:, 0]
 
 
+def entropy(logps):
+    """Log-probs of whole distributions (..., V) -> their entropy (...), nats."""
+    return -(logps.exp() * logps).sum(dim=-1)
+
+
 @torch.no_grad()
 def decode(model, prompts, u, eos_ids, temperature, top_p, top_k):
     """Write B / P completions of each of P prompts token by token; u is (B, T) uniforms. Yields for
-    each position the rows still in the batch, their tokens and log-probs, and which of them had
-    ended before (four tensors of shape (b,))."""
+    each position the rows still in the batch, their tokens and log-probs, which of them had ended
+    before (four tensors of shape (b,)), and the states (b, D) and logits (b, V) drawn from."""
     if temperature < 0 or not top_p > 0 or not all(prompts):
         raise UserError("nothing to sample: no prompt, a negative temperature or a top-p of 0")
     device, P = model.device, len(prompts)
@@ -102,8 +110,9 @@ def decode(model, prompts, u, eos_ids, temperature, top_p, top_k):
     rows = torch.arange(B, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     for position in range(u.shape[1]):
-        tokens, logps = draw(model.logits(hidden), u[rows, position], temperature, top_p, top_k)
-        yield rows, tokens, logps, ended
+        logits = model.logits(hidden)
+        tokens, logps = draw(logits, u[rows, position], temperature, top_p, top_k)
+        yield rows, tokens, logps, ended, hidden, logits
         ended = ended | torch.isin(tokens, stop)
         if position % CHECK_EVERY == CHECK_EVERY - 1 or B == 1:
             going = (~ended).nonzero()[:, 0]
@@ -127,16 +136,19 @@ def generate(
     seed=0,
     step=0,
     max_rows=256,
+    keep=(),
 ) -> Completions:
     """n completions of each prompt (token ids), each ended by one of eos_ids or by max_new_tokens.
     At most max_rows rows and CACHE cached numbers (or one prompt's n) are in memory at a time;
-    that changes no completion. Results are on the CPU."""
+    that changes no completion. Results are on the CPU; keep names the optional ones."""
     if min(n, max_new_tokens) < 1:
         raise UserError("nothing to sample: n and max_new_tokens must be 1 or more")
     device, B = model.device, len(prompts) * n
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(B, max_new_tokens, device=device)
     lengths = torch.zeros(B, dtype=torch.long, device=device)
+    sizes = dict(entropy=(), hidden=(model.config.hidden_size,))
+    kept = {name: torch.zeros(B, max_new_tokens, *sizes[name], device=device) for name in keep}
     c, width = model.config, max(map(len, prompts), default=0) + max_new_tokens
     row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * width
     size = max(1, min(max_rows, CACHE // row) // n)  # prompts at a time
@@ -144,57 +156,22 @@ def generate(
         part = prompts[first : first + size]
         u = [uniforms(seed, step, p, i, max_new_tokens) for p in part for i in range(n)]
         steps = decode(model, part, np.stack(u), eos_ids, temperature, top_p, top_k)
-        for position, (rows, token, logp, ended) in enumerate(steps):
+        for position, (rows, token, logp, ended, hidden, logits) in enumerate(steps):
             rows = rows + first * n
             tokens[rows, position] = token.masked_fill(ended, 0)
             logps[rows, position] = logp.masked_fill(ended, 0.0)
             lengths[rows] += ~ended
+            if "hidden" in keep:
+                kept["hidden"][rows, position] = hidden
+            if "entropy" in keep:
+                logits = logits.float() / (temperature or 1.0)
+                kept["entropy"][rows, position] = entropy(logits.log_softmax(-1))
     T = int(lengths.max()) if B else 0
+    kept = {name: value[:, :T].cpu() for name, value in kept.items()}
     tokens, logps, lengths = tokens[:, :T].cpu(), logps[:, :T].cpu(), lengths.cpu()
     last = tokens.gather(1, lengths[:, None] - 1)[:, 0]
-    return Completions(tokens, lengths, logps, torch.isin(last, torch.tensor(list(eos_ids))))
-
-
-# ---- The command line, and what it shares with eval_math.py and train.py -------------------------
-
-
-FLAGS = dict(model=(str(TINY), "a checkpoint folder or a Hub id"))  # name: (default, help)
-FLAGS |= dict(revision=("", "branch, tag or commit of the Hub id"))
-FLAGS |= dict(adapter=("", "a PEFT adapter, such as runs/NAME/adapter"))
-FLAGS |= dict(data=("tiny", "tiny, math, math500, gsm8k or a JSONL file"))
-FLAGS |= dict(device=("auto", "auto, cpu, cuda, cuda:1, ..."))
-FLAGS |= dict(dtype=("auto", "of the frozen weights: fp32, bf16, or auto (fp32 on CPU)"))
-FLAGS |= dict(seed=(1, "of everything that is random"))
-
-
-def add_flags(parser, flags):
-    """FLAGS, which every command line has, and more of the kind."""
-    parser.add_argument("--chat", action="store_true", help="prompt as a chat turn (ChatML)")
-    for name, (default, text) in (FLAGS | flags).items():
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(default), default=default, help=text)
-
-
-def load_base(s):
-    """The frozen model and tokenizer that these flags, or the Settings of train.py, ask for."""
-    dtypes = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    device = best if s.device == "auto" else s.device
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"no device {device} here: use --device cpu") from None
-    if s.dtype not in dtypes:
-        raise UserError(f"no dtype {s.dtype!r}: use one of {', '.join(dtypes)}")
-    tokenizer = load_tokenizer(s.model, s.revision)
-    model = load_model(s.model, device, dtypes[s.dtype], s.revision)
-    if tokenizer.file.get_vocab_size() > model.config.vocab_size:
-        raise UserError(f"{s.model}: the tokenizer has more tokens than the model's vocabulary")
-    if s.chat and tokenizer.file.token_to_id("<|im_start|>") is None:
-        raise UserError("--chat: this tokenizer has no <|im_start|>, so the model knows no ChatML")
-    if getattr(s, "adapter", ""):
-        load_adapter(model, s.adapter)
-    return model, tokenizer
+    ended = torch.isin(last, torch.tensor(list(eos_ids)))
+    return Completions(tokens, lengths, logps, ended, **kept)
 
 
 def main():
@@ -213,7 +190,7 @@ def main():
             print(f"\n{p['problem']}" + (f"  (gold: {p['answer']})" if "answer" in p else ""))
             u = uniforms(s.seed, 0, prompt, sample, s.max_new_tokens)[None]
             ids, shown, stop = [], "", tokenizer.eos_ids
-            for _, token, _, _ in decode(model, [prompt], u, stop, s.temperature, s.top_p, s.top_k):
+            for _, token, *_ in decode(model, [prompt], u, stop, s.temperature, s.top_p, s.top_k):
                 ids.append(int(token))
                 text = tokenizer.decode([i for i in ids if i not in stop])
                 if not text.endswith("\ufffd"):  # half of a character: wait for the rest

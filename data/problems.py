@@ -8,7 +8,7 @@ import json
 import random
 from pathlib import Path
 
-from model import UserError, hub_folder
+from plumbing.files import UserError, hub_folder
 
 TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint and its problems
 # The prompt of the ARCA authors. The embedded model was pretrained on it.
@@ -16,6 +16,8 @@ PROMPT = (
     "Solve this math problem step by step. Put your final answer in \\boxed{}.\n\n"
     "Problem: {problem}\n"
 )
+# GCPO's negative prompt (arXiv 2605.29198), by the suffix that its code falls back to.
+NEGATIVE = PROMPT.replace("{problem}", "{problem}, but generate the wrong answer")
 # A turn of Qwen's and SmolLM2's chat models.
 CHATML = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 # name: repository, and the files of each split
@@ -29,9 +31,9 @@ HUB = {
 }
 
 
-def prompt_text(problem: str, chat=False) -> str:
+def prompt_text(problem: str, chat=False, prompt=PROMPT) -> str:
     """The text before the completion; with chat=True as a user's turn in ChatML."""
-    text = PROMPT.replace("{problem}", problem)
+    text = prompt.replace("{problem}", problem)
     return CHATML.replace("{prompt}", text) if chat else text
 
 
@@ -123,9 +125,16 @@ def load_problems(source: str, split="train") -> list[dict]:
     return gradable
 
 
+def add_prompts(p: dict, tokenizer, chat=False):
+    """Give a problem the token ids of its `prompt`, and of the `negative` one; returns it."""
+    p["prompt"] = tokenizer.encode(prompt_text(p["problem"], chat))
+    p["negative"] = tokenizer.encode(prompt_text(p["problem"], chat, NEGATIVE))
+    return p
+
+
 def load_split(s, tokenizer):
     """(problems to train on, held-out ones, what was left out) for the Settings of train.py, each
-    problem with its prompt's token ids.
+    problem with its prompts' token ids.
 
     Without --eval-data the held-out ones are the test split of a named set, or every tenth line of
     a file. A problem that is evaluated on is never trained on; long prompts are left out.
@@ -138,7 +147,7 @@ def load_split(s, tokenizer):
     else:
         test = load_problems(s.data, "test")
     for p in train + test:
-        p["prompt"] = tokenizer.encode(prompt_text(p["problem"], s.chat))
+        add_prompts(p, tokenizer, s.chat)
     fits = [[p for p in ps if len(p["prompt"]) <= s.max_prompt_tokens] for ps in (train, test)]
     test = fits[1][: s.eval_problems]
     seen = {p["problem"].strip() for p in test}

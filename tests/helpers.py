@@ -39,7 +39,7 @@ def settings(**changes):
     """The settings that grpo.py reads, with no gradient clipping and everything in one batch."""
     s = dict(credit="uniform", sharpening=1.0, temperature=1.0, top_p=1.0, samples=4, seed=0)
     s |= dict(max_new_tokens=6, aggregate="seq", updates=1, clip_low=0.2, clip_high=0.28, kl=0.0)
-    s |= dict(grad_clip=1e9, micro_tokens=10**6, compare_rules=False)
+    s |= dict(grad_clip=1e9, micro_tokens=10**6, arca_layer="final")
     assert changes.keys() <= s.keys()
     return SimpleNamespace(**(s | changes))
 
@@ -52,10 +52,10 @@ def handmade(prompts, completions, rewards, logps=None):
         tokens[row, : len(completion)] = torch.tensor(completion)
     logps = torch.zeros(tokens.shape) if logps is None else logps
     done = torch.tensor([c[-1] == EOS for c in completions])
-    problems = [dict(problem=str(p), answer="1") for p in prompts]
+    problems = [dict(problem=str(p), answer="1", prompt=p, negative=p[:1] + p) for p in prompts]
     rewards = torch.as_tensor(rewards, dtype=torch.float32).view(len(prompts), -1)
     texts = [str(c) for c in completions]
-    return Rollout(problems, prompts, Completions(tokens, lengths, logps, done), texts, rewards)
+    return Rollout(problems, Completions(tokens, lengths, logps, done), texts, rewards)
 
 
 class Recorder(torch.optim.SGD):
@@ -72,10 +72,10 @@ class Recorder(torch.optim.SGD):
         super().step()
 
 
-def gradient(model, r, advantages, s):
+def gradient(model, r, advantages, s, compare=False):
     """What one update hands to the optimizer, and its metrics and multipliers; changes nothing."""
     optimizer = Recorder(model)
-    metrics, m = update(model, optimizer, r, advantages, s)
+    metrics, _, m = update(model, optimizer, r, advantages, s, compare)
     return optimizer.seen[0], metrics, m
 
 

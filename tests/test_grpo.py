@@ -38,7 +38,14 @@ def sampled_logps(model, prompts=PROMPTS, completions=COMPLETIONS, temperature=1
 
 
 def rollout_of(model, rewards=REWARDS):
-    return handmade(PROMPTS, COMPLETIONS, rewards, sampled_logps(model))
+    """The completions above with all that a sampler would have kept of them."""
+    r = handmade(PROMPTS, COMPLETIONS, rewards, sampled_logps(model))
+    rows = [reference(model, PROMPTS[i // 4], c) for i, c in enumerate(COMPLETIONS)]
+    for name, place in (("entropy", 1), ("hidden", 2)):
+        values = [row[place].detach() for row in rows]
+        setattr(r.completions, name, torch.nn.utils.rnn.pad_sequence(values, batch_first=True))
+    r.noise = torch.rand(8, 6, generator=torch.Generator().manual_seed(0)).double()
+    return r
 
 
 def advantages_of(r, kind="grpo"):
@@ -142,7 +149,8 @@ def test_every_completion_token_learns_and_nothing_else():
     A, rows = advantages_of(r), torch.arange(8)
     per_row = 1 / (8 * r.completions.lengths)
     handle = model.register_forward_hook(keep)
-    grpo.add_gradient(model, r, rows, A, per_row, settings(), set())
+    known = grpo.given_signals(r, A)
+    grpo.add_gradient(model, r, rows, known, None, per_row, settings(), set())
     handle.remove()
     got, W = kept[0].grad, model.lm_head.weight  # (8, L, D)
     for row, completion in enumerate(COMPLETIONS):
@@ -160,7 +168,7 @@ def test_every_completion_token_learns_and_nothing_else():
 
 @pytest.mark.parametrize("kl", [0.0, 0.5])
 @pytest.mark.parametrize("aggregate", ["seq", "token"])
-@pytest.mark.parametrize("method", ["uniform", "arca"])
+@pytest.mark.parametrize("method", credit.METHODS)
 def test_micro_batches_change_nothing(method, aggregate, kl):
     """Normalisers or metrics of a micro-batch, not of the step; rows put back wrongly."""
     model = tiny_model()
@@ -214,7 +222,7 @@ def test_a_step_moves_B_iff_a_group_has_spread(spread):
     model = tiny_model(B=0.0)
     r = rollout_of(model, [[1, 1, 1, 1], [0, 0, 1, 0] if spread else [0, 0, 0, 0]])
     optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=0.01, weight_decay=0.0)
-    metrics, _ = grpo.update(model, optimizer, r, advantages_of(r), settings())
+    metrics, *_ = grpo.update(model, optimizer, r, advantages_of(r), settings())
     moved = [bool(p.any()) for name, p in lora_parameters(model).items() if "lora_B" in name]
     assert all(moved) if spread else not any(moved)
     assert (metrics["grad_norm"] > 0) == spread
@@ -285,8 +293,8 @@ def test_kl_penalty_pulls_towards_the_base_model():
     r = handmade([prompt], [[v] for v in range(vocab)], [[0] * vocab])
     logp = torch.log_softmax(model.logits(model(torch.tensor([prompt]))[0, -1]), -1)
     b = torch.log_softmax(base.logits(base(torch.tensor([prompt]))[0, -1]), -1)
-    args = (model, r, torch.arange(vocab), torch.zeros(vocab), logp.exp().detach())
-    grpo.add_gradient(*args, settings(kl=0.5), {"ref_logp"})
+    args = (model, r, torch.arange(vocab), grpo.given_signals(r, torch.zeros(vocab)), None)
+    grpo.add_gradient(*args, logp.exp().detach(), settings(kl=0.5), {"ref_logp"})
     got = torch.cat([p.grad.flatten() for p in lora_parameters(model).values()])
     assert close(got, 0.5 * flat_grad((b.exp() * (b - logp)).sum(), model), 1e-4)
     # A step in which no group has spread still has this gradient.
@@ -302,10 +310,10 @@ def test_a_gradient_that_is_not_finite_is_skipped(bad):
     A = advantages_of(r)
     optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=0.01)
     before = {name: p.clone() for name, p in lora_parameters(model).items()}
-    metrics, _ = grpo.update(model, optimizer, r, torch.where(A.max() == A, bad, A), settings())
+    metrics, *_ = grpo.update(model, optimizer, r, torch.where(A.max() == A, bad, A), settings())
     assert metrics["skipped"] == 1
     assert all(torch.equal(p, before[name]) for name, p in lora_parameters(model).items())
-    metrics, _ = grpo.update(model, optimizer, r, A, settings())
+    metrics, *_ = grpo.update(model, optimizer, r, A, settings())
     assert metrics["skipped"] == 0 and math.isfinite(metrics["grad_norm"])
 
 
@@ -374,9 +382,10 @@ def test_logits_are_not_kept_for_backward(monkeypatch):
 # ---- Signals for the credit rules ----------------------------------------------------------------
 
 
-def signals_of(model, r, temperature=1.0):
-    b = grpo.make_batch(r, torch.arange(8), "cpu")
-    return grpo.signals(model, b, {"residual", "ref_logp"}, temperature)[1]
+def signals_of(model, r, **options):
+    wanted = {"residual", "ref_logp", "neg_logp"}
+    b, _, found = grpo.signals(model, r, torch.arange(8), wanted, settings(**options))
+    return credit.Signals(b.mask, **found)
 
 
 def test_signals_are_those_of_the_predicting_state():
@@ -393,6 +402,8 @@ def test_signals_are_those_of_the_predicting_state():
         base_logps, _, base_states = reference(base, prompt, completion, 0.7)
         distance = ((states - base_states) ** 2).sum(-1).sqrt()
         pairs = dict(logp=logps, entropy=entropy, ref_logp=base_logps, residual=distance)
+        negative = r.problems[row // 4]["negative"]
+        pairs["neg_logp"] = reference(model, negative, completion, 0.7)[0]
         for name, expected in pairs.items():
             got = getattr(known, name)[row]
             assert torch.allclose(got[:T], expected, atol=1e-5), name
@@ -413,6 +424,59 @@ def test_credit_is_uniform_before_the_first_step(method, budget):
     _, metrics, m = gradient(model, r, advantages_of(r), s)
     assert torch.equal(m, known.mask.float())
     assert (metrics["credit_fallback"], metrics["gini"]) == (1, 0)
+
+
+@pytest.mark.parametrize("layer", ["prenorm", "sum"])
+def test_arca_layers(layer):
+    """States of the wrong block, norms of a sum instead of a sum of norms, states after the norm.
+
+    Every row alone, block by block, in an adapted model and one that never had an adapter.
+    """
+    model, base = tiny_model(), tiny_model(lora=False)
+    known = signals_of(model, rollout_of(model), arca_layer=layer)
+    for row, completion in enumerate(COMPLETIONS):
+        prompt, n = PROMPTS[row // 4], len(completion)
+        blocks = {}
+        for name, m in (("adapted", model), ("base", base)):
+            states = blocks[name] = []
+            hooks = [
+                block.register_forward_hook(lambda _, __, out, states=states: states.append(out[0]))
+                for block in m.model.layers
+            ]
+            with torch.no_grad():
+                m(torch.tensor([prompt + completion]))
+            for hook in hooks:
+                hook.remove()
+        gaps = [
+            (a - b).norm(dim=-1) for a, b in zip(blocks["adapted"], blocks["base"], strict=True)
+        ]
+        expected = sum(gaps) if layer == "sum" else gaps[-1]
+        at = slice(len(prompt) - 1, len(prompt) + n - 1)
+        assert torch.allclose(known.residual[row, :n], expected[at], atol=1e-5)
+
+
+# rule: (passes through the trunk, of which through the head)
+PASSES = dict.fromkeys(credit.METHODS, (1, 1))
+PASSES |= dict.fromkeys(["arca", "permuted", "random"], (2, 1))
+PASSES |= dict.fromkeys(["divergence", "gcpo", "gcpo_linear"], (2, 2))
+
+
+@pytest.mark.parametrize("method", credit.METHODS)
+def test_passes_of_a_rule(method, monkeypatch):
+    """A pass that no rule needs, one that is made twice, an ARCA that touches the vocabulary."""
+    model, trunk, head = tiny_model(), [], []
+    r, logits = rollout_of(model), model.logits
+    model.register_forward_hook(lambda *_: trunk.append(1))
+    monkeypatch.setattr(
+        model, "logits", lambda h: head.append(torch.is_grad_enabled()) or logits(h)
+    )
+    backward = torch.Tensor.backward
+    counted = []
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda x: counted.append(len(head)) or backward(x)
+    )
+    gradient(model, r, advantages_of(r), settings(credit=method))
+    assert (len(trunk), counted) == (PASSES[method][0], [PASSES[method][1]])
 
 
 def test_arca_does_not_depend_on_the_scale_of_the_adapter():
@@ -456,8 +520,8 @@ def test_metrics_by_hand():
     """Metrics over the rows that learn instead of all, or over padding."""
     model = tiny_model()
     r = rollout_of(model, [[1, 1, 1, 1], [0, 0, 1, 0]])
-    s = settings(credit="surprisal", compare_rules=True, kl=0.1)
-    _, metrics, m = gradient(model, r, advantages_of(r), s)
+    s = settings(credit="surprisal", kl=0.1)
+    _, metrics, m = gradient(model, r, advantages_of(r), s, compare=True)
     rows = [reference(model, PROMPTS[i // 4], c) for i, c in enumerate(COMPLETIONS)]
     expected = dict(reward=5 / 8, completion_tokens=TOKENS, truncated=3 / 8, skipped=0)
     expected |= dict(groups_mixed=1, groups_all_right=1, groups_all_wrong=0, credit_fallback=0)
@@ -494,3 +558,22 @@ def test_training_scores_what_was_sampled():
     assert 0 <= metrics["logp_mismatch_mean"] <= metrics["logp_mismatch"] < 1e-4
     s.temperature = 1.0
     assert gradient(model, r, A, s)[1]["logp_mismatch"] > 1e-2  # the metric does notice
+
+
+def test_controls_are_drawn_per_completion():
+    """Noise that depends on the batch, repeats the sampler's uniforms, or is the same at each step:
+    permuted credit could not be resumed or compared."""
+    model = tiny_model()
+    tokenizer = SimpleNamespace(eos_ids=[EOS], decode=str)
+    problems = [dict(prompt=p, answer="1") for p in ([3, 5], [7, 2, 9, 4])]
+    s = settings(credit="permuted", samples=3, seed=5)
+    draw = lambda chosen, step: grpo.rollout(model, tokenizer, chosen, s, step).noise  # noqa: E731
+    both = draw(problems, 1)
+    T = both.shape[1]
+    assert torch.equal(draw(problems[::-1], 1), both[[3, 4, 5, 0, 1, 2]])
+    assert torch.equal(draw(problems[1:], 1)[:, :1], both[3:, :1])
+    assert not torch.equal(draw(problems, 2)[:, 0], both[:, 0]) and len(both.unique()) == 6 * T
+    own = [grpo.uniforms(5, 1, p["prompt"], i, T) for p in problems for i in range(3)]
+    assert not torch.isin(both, torch.from_numpy(grpo.np.stack(own))).any()
+    s.credit = "arca"
+    assert draw(problems, 1) is None  # drawn for the rules that read it

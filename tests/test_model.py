@@ -11,7 +11,8 @@ from conftest import ROOT, edit_json, hf_model, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from model import Config, KVCache, Qwen3, UserError, load_model, load_tokenizer, run_cli
+from model import Config, KVCache, Qwen3, UserError, load_model, load_tokenizer
+from plumbing.files import run_cli
 from sample import generate
 
 SHAPES = {  # what transformers builds; the defaults are in conftest.SHAPE

@@ -192,6 +192,26 @@ def test_logps_are_those_of_the_whole_distribution(model, options):
         torch.testing.assert_close(torch.tensor(logps), want, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8)])
+def test_what_is_kept_is_of_the_predicting_state(model, temperature, top_p):
+    """DelTA, EAPO and forking tokens read the sampler's own states and entropies: those of the next
+    position, of the cut distribution, or of a row that has moved since others were dropped."""
+    prompts, options = [[1, 2, 4], [3], [5, 6]], dict(temperature=temperature, top_p=top_p)
+    keep = ("entropy", "hidden")
+    c = generate(model, prompts, 8, 40, **options, eos_ids=[5], seed=3, keep=keep)
+    assert len(set(c.lengths.tolist())) > 5  # so rows are dropped on the way
+    for row, n in enumerate(c.lengths.tolist()):
+        prompt, tokens = prompts[row // 8], c.tokens[row, :n].tolist()
+        with torch.no_grad():
+            states = model(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1]
+        p = (full_logits(model, prompt, tokens) / temperature).softmax(-1)
+        torch.testing.assert_close(c.hidden[row, :n], states, atol=1e-5, rtol=0)
+        expected = -(p * p.log()).sum(-1).float()
+        torch.testing.assert_close(c.entropy[row, :n], expected, atol=1e-5, rtol=0)
+    plain = generate(model, prompts, 8, 40, **options, eos_ids=[5], seed=3)
+    assert torch.equal(plain.tokens, c.tokens) and plain.hidden is plain.entropy is None
+
+
 def test_completion_depends_on_its_own_key_only(model):
     """Then a run could not be repeated, resumed or split: what else is in the batch, its order,
     more samples, a higher limit or fewer rows at a time must not change a completion."""

@@ -13,7 +13,8 @@ import pytest
 import train
 from credit import METHODS
 from data.problems import problems_of_step
-from model import run_cli
+from plumbing.files import run_cli
+from plumbing.run import open_run
 
 HOUSE = Path(__file__).parent.parent
 TIMING = {"seconds_rollout", "seconds_update", "tokens_per_second"}
@@ -81,11 +82,29 @@ def test_first_step_is_uniform_by_fallback(run):
     assert {f"gini/{method}/2" for method in METHODS} <= first.keys()
 
 
+def test_rules_are_compared_and_kept(run, tmp_path):
+    """Every rule's passes paid at every step, or a sample without what credit.py shows of it."""
+    process = start("--out", tmp_path / "plain", "--credit", "uniform", "--eval-samples", 0)
+    assert process.communicate() and process.returncode == 0
+    compared = [row["step"] for row in rows(tmp_path / "plain") if "rank_correlation/arca" in row]
+    assert compared == [1, 4]  # the first of ten, and the evaluated one
+    assert {row["step"] for row in rows(tmp_path / "plain", "samples.jsonl")} == {1, 4}
+    assert all("residual_mean" not in row for row in rows(tmp_path / "plain")[1:3])
+    for sample in rows(run[0], "samples.jsonl"):
+        n = len(sample["tokens"])
+        assert "".join(sample["tokens"]).startswith(sample["text"]) and sample["credit"] == "arca"
+        assert sample["rules"].keys() == METHODS.keys()
+        assert all(len(m) == n for pair in sample["rules"].values() for m in pair)
+        assert all(len(sample[name]) == n for name in ("logp", "entropy", "residual"))
+        assert sample["rules"]["arca"][0] == sample["weights"]
+    assert all(row["rank_correlation/arca"] == pytest.approx(1) for row in rows(run[0])[1:])
+
+
 def test_every_metric_is_in_the_glossary(run):
     """A logged number that nobody explains is noise."""
     readme = (HOUSE / "README.md").read_text(encoding="utf-8")
     keys = {key.split("/")[0] for key in rows(run[0])[0]}
-    assert not {key for key in keys if f"`{key}`" not in readme}
+    assert not {key for key in keys if f"`{key}`" not in readme and f"`{key}/" not in readme}
 
 
 def test_killed_run_resumes_to_the_same_numbers(run, tmp_path):
@@ -156,7 +175,7 @@ def test_runs_name_themselves(monkeypatch, tmp_path):
     """Two runs of the same command must not write into one folder."""
     monkeypatch.chdir(tmp_path)
     s = train.Settings(credit="uniform", seed=3)
-    names = [train.open_run(s, resume=False).name for _ in range(3)]
+    names = [open_run(s, resume=False).name for _ in range(3)]
     assert names == ["uniform-tiny-tiny-seed3" + end for end in ("", "-2", "-3")]
 
 

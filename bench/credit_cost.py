@@ -1,0 +1,145 @@
+"""What each credit rule costs: an update and a whole step, relative to those of `uniform`.
+
+    python bench/credit_cost.py                    # the embedded model, on its own problems
+    python bench/credit_cost.py --shape 0.6B       # Qwen3-0.6B's shape, random weights
+
+The rules take turns on the same completions, so that a machine that slows down slows all of them;
+medians over the rounds, of the ratio to `uniform` in the same round. The last row is ARCA as its
+authors compute it: two more passes for the two residual states, and all tokens' logits at once.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+
+import credit
+import grpo
+from data.problems import TINY, add_prompts, load_problems
+from lora import adapter_off, add_lora, lora_parameters
+from model import Config, Qwen3, load_model, load_tokenizer
+from plumbing.files import run_cli
+
+# name: hidden, intermediate, layers, heads, key-value heads (arXiv 2505.09388, table 1)
+SHAPES = {"0.6B": (1024, 3072, 28, 16, 8), "1.7B": (2048, 6144, 28, 16, 8)}
+TEXT = SimpleNamespace(eos_ids=[], decode=lambda ids: "x" * len(ids))  # no completion ends
+
+
+def random_model(shape, device, dtype):
+    """A Qwen3 of that shape whose weights are small random numbers."""
+    hidden, inner, layers, heads, kv = SHAPES[shape]
+    sizes = (151936, hidden, inner, layers, heads, kv, 128, 1e-6, 1e6, True, False, True)
+    with torch.device("meta"):
+        model = Qwen3(Config(*sizes))
+    model = model.to_empty(device=device).to(dtype)
+    model.tie()
+    for name, p in model.named_parameters():
+        torch.nn.init.ones_(p) if "norm" in name else torch.nn.init.normal_(p, std=0.02)
+    return model
+
+
+def setting_up(args):
+    """The model with an adapter that is not zero, its tokenizer, and problems."""
+    torch.manual_seed(0)
+    if args.shape:
+        model = random_model(args.shape, args.device, getattr(torch, args.dtype))
+        ids = torch.randint(0, 151936, (args.prompts, args.prompt_tokens)).tolist()
+        problems = [dict(prompt=i, negative=[*i, *range(8)], answer="") for i in ids]
+        tokenizer = TEXT
+    else:
+        model, tokenizer = load_model(TINY, args.device), load_tokenizer(TINY)
+        problems = [add_prompts(p, tokenizer) for p in load_problems("tiny")[: args.prompts]]
+    add_lora(model, 16, 32)
+    for name, p in lora_parameters(model).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.005)
+    return model, tokenizer, problems
+
+
+def authors_update(model, r, advantages, s):
+    """ARCA's update as its authors' code does it: three forward passes, and full logits."""
+    c, learns = r.completions, torch.ones(len(advantages), dtype=torch.bool)
+    for rows in grpo.micro_batches(r, learns, s.micro_tokens):
+        b = grpo.make_batch(r, rows, model.device)
+        logits = model.logits(model(b.ids)).float() / s.temperature  # (b, L, V)
+        logps = torch.log_softmax(logits, dim=-1)
+        at = b.at[:, :, None]
+        picked = logps.gather(1, at.expand(-1, -1, logps.shape[-1]))  # (b, T, V)
+        picked = picked.gather(2, b.targets[:, :, None])[:, :, 0]
+        with torch.no_grad():
+            adapted = model(b.ids)
+            with adapter_off(model):
+                base = model(b.ids)
+            residual = (adapted - base).norm(dim=-1).gather(1, b.at) * b.mask
+        w = residual / residual.sum(dim=1, keepdim=True).clamp(min=1e-8)
+        A = advantages[rows, None].to(w.device)
+        (-(A * w * picked * b.mask).sum() / len(c.lengths)).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def timed(function, device):
+    """The seconds that a call takes, and what it returns."""
+    wait = torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None
+    wait()
+    started = time.perf_counter()
+    result = function()
+    wait()
+    return time.perf_counter() - started, result
+
+
+def one_round(model, tokenizer, problems, s):
+    """Seconds of rollout and of update by rule, on the same completions."""
+    optimizer = torch.optim.SGD(lora_parameters(model).values(), lr=0.0)
+    seconds = {}
+    for method in credit.METHODS:
+        s.credit = method
+        sample = lambda: grpo.rollout(model, tokenizer, problems, s, 1)  # noqa: E731
+        sampling, r = timed(sample, model.device)
+        r.rewards = (torch.arange(r.rewards.numel()) % 2.0).view(r.rewards.shape)  # all learn
+        A = grpo.group_advantages(r.rewards).flatten()
+        train = lambda r=r, A=A: grpo.update(model, optimizer, r, A, s)  # noqa: E731
+        seconds[method] = (sampling, timed(train, model.device)[0])
+    train = lambda: authors_update(model, r, A, s)  # noqa: E731
+    seconds["arca, the authors' way"] = (sampling, timed(train, model.device)[0])
+    return seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="", help=f"{', '.join(SHAPES)}; default: embedded model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the random weights")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="with --shape")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--micro-tokens", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    model, tokenizer, problems = setting_up(args)
+    s = SimpleNamespace(samples=args.samples, max_new_tokens=args.max_new_tokens, seed=1)
+    s.__dict__.update(temperature=1.0, top_p=1.0, sharpening=1.0, aggregate="seq", updates=1)
+    s.__dict__.update(clip_low=0.2, clip_high=0.28, kl=0.0, grad_clip=1.0, arca_layer="final")
+    s.micro_tokens = args.micro_tokens
+    one_round(model, tokenizer, problems, s)  # kernels are chosen anew for each shape
+    rounds = [one_round(model, tokenizer, problems, s) for _ in range(args.rounds)]
+
+    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads,", end=" ")
+    print(f"{args.shape or 'data/tiny'}, {args.prompts} x {args.samples} completions,", end=" ")
+    print(f"{args.rounds} rounds, medians\n")
+    print("| rule | update, s | / uniform's | step / uniform's | credit's share of the step |")
+    print("|---|---|---|---|---|")
+    for method in rounds[0]:
+        update = median(r[method][1] for r in rounds)
+        ratio = median(r[method][1] / r["uniform"][1] for r in rounds)
+        step = median(sum(r[method]) / sum(r["uniform"]) for r in rounds)
+        print(f"| {method} | {update:.3f} | {ratio:.2f} | {step:.2f} | {1 - 1 / step:.0%} |")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,46 @@
+"""The flags that all command lines share, each with its only default, and what they load."""
+
+import torch
+
+from data.problems import TINY
+from lora import load_adapter
+from model import load_model, load_tokenizer
+from plumbing.files import UserError
+
+FLAGS = dict(model=(str(TINY), "a checkpoint folder or a Hub id"))  # name: (default, help)
+FLAGS |= dict(revision=("", "branch, tag or commit of the Hub id"))
+FLAGS |= dict(adapter=("", "a PEFT adapter, such as runs/NAME/adapter"))
+FLAGS |= dict(data=("tiny", "tiny, math, math500, gsm8k or a JSONL file"))
+FLAGS |= dict(device=("auto", "auto, cpu, cuda, cuda:1, ..."))
+FLAGS |= dict(dtype=("auto", "of the frozen weights: fp32, bf16, or auto (fp32 on CPU)"))
+FLAGS |= dict(seed=(1, "of everything that is random"))
+
+
+def add_flags(parser, flags):
+    """FLAGS, which every command line has, and more of the kind."""
+    parser.add_argument("--chat", action="store_true", help="prompt as a chat turn (ChatML)")
+    for name, (default, text) in (FLAGS | flags).items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(default), default=default, help=text)
+
+
+def load_base(s):
+    """The frozen model and tokenizer that these flags, or the Settings of train.py, ask for."""
+    dtypes = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best if s.device == "auto" else s.device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no device {device} here: use --device cpu") from None
+    if s.dtype not in dtypes:
+        raise UserError(f"no dtype {s.dtype!r}: use one of {', '.join(dtypes)}")
+    tokenizer = load_tokenizer(s.model, s.revision)
+    model = load_model(s.model, device, dtypes[s.dtype], s.revision)
+    if tokenizer.file.get_vocab_size() > model.config.vocab_size:
+        raise UserError(f"{s.model}: the tokenizer has more tokens than the model's vocabulary")
+    if s.chat and tokenizer.file.token_to_id("<|im_start|>") is None:
+        raise UserError("--chat: this tokenizer has no <|im_start|>, so the model knows no ChatML")
+    if getattr(s, "adapter", ""):
+        load_adapter(model, s.adapter)
+    return model, tokenizer
