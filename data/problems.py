@@ -6,6 +6,7 @@ JSONL file, the embedded set (`tiny`) or the Hub (`math`, `math500`, `gsm8k`).
 
 import json
 import random
+import re
 from pathlib import Path
 
 from plumbing.files import UserError, hub_folder
@@ -30,6 +31,9 @@ HUB = {
     "gsm8k": ("openai/gsm8k", {"train": "main/train-*", "test": "main/test-*"}),
 }
 
+BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+MAX_BOX, MAX_BOXES = 5000, 20  # characters of a box that are read, and boxes that may be nested
+
 
 def prompt_text(problem: str, chat=False, prompt=PROMPT) -> str:
     """The text before the completion; with chat=True as a user's turn in ChatML."""
@@ -38,13 +42,25 @@ def prompt_text(problem: str, chat=False, prompt=PROMPT) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{...} or \\fbox{...} holds; None without one, or if it is not closed."""
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if start < 0:
-        return None
-    rest = text[start:].split("box", 1)[1].removeprefix("ed").lstrip()
+    """What the last \\boxed{...} or \\fbox{...} holds; None without one, or if it is not closed.
+
+    Of a box in a box it is the outer one: \\boxed{\\boxed{5}+1} is not 5.
+    """
+    near = max(0, text.rfind("box") - MAX_BOX)  # an outer box that is longer is none
+    boxes = list(BOX.finditer(text, near))[:-MAX_BOXES:-1]
+    answer = held(text, boxes[0].end()) if boxes else None
+    for box in boxes[1:]:
+        outer = held(text, box.end())
+        if answer is not None and outer and box.end() + len(outer) > boxes[0].start():
+            answer = outer
+    return answer and answer.strip()
+
+
+def held(text: str, start: int) -> str | None:
+    """What stands in the braces that open here, or one word: \\boxed 5."""
+    rest = text[start : start + MAX_BOX]
     if not rest.startswith("{"):
-        return rest.split()[0].rstrip(".$") if rest else None  # \boxed 5
+        return rest.split()[0].rstrip(".$") if rest.split() else None
     depth, i = 0, 0
     while i < len(rest):
         if rest[i] == "\\":
@@ -52,7 +68,7 @@ def last_boxed(text: str) -> str | None:
         elif rest[i] in "{}":
             depth += 1 if rest[i] == "{" else -1
             if depth == 0:
-                return rest[1:i].strip()
+                return rest[1:i]
         i += 1
     return None
 
@@ -76,8 +92,9 @@ def as_problem(row, where: str) -> dict:
     return {**row, "problem": text, "answer": answer}
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    problems = []
+def json_rows(path: Path) -> list[tuple]:
+    """(row, where it is) of a JSONL file; UserError says what is no JSON."""
+    rows = []
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -85,11 +102,14 @@ def read_jsonl(path: Path) -> list[dict]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would split at U+2028 too
         if line.strip():
             try:
-                row = json.loads(line)
+                rows.append((json.loads(line), f"{path}, line {number}"))
             except (ValueError, RecursionError):
                 raise UserError(f"{path}, line {number} is not JSON: mend or remove it") from None
-            problems.append(as_problem(row, f"{path}, line {number}"))
-    return problems
+    return rows
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [as_problem(row, where) for row, where in json_rows(path)]
 
 
 def read_parquet(path: Path) -> list[dict]:

@@ -95,8 +95,9 @@ def test_gcpo():
     """A rank that starts at 0, or counts from the top; ties that are told apart by their position.
 
     Row 0 has d = -1.2, 0, 2, 1, so k3 = e^d - d - 1 = 0.50, 0, 4.39, 0.72 and ranks 2, 1, 4, 3 of
-    4 (of -d they would be 3, 1, 4, 2). The power is ln 0.2 / ln 0.6 - 1 = 2.1507: 0.5^a = 0.2252, 0.25^a = 0.0507, 1, 0.75^a =
-    0.5386, which sum to 1.8145; times 4 / 1.8145. In row 1 both d are 0: a tie.
+    4 (of -d they would be 3, 1, 4, 2). The power is ln 0.2 / ln 0.6 - 1 = 2.1507: 0.5^a = 0.2252,
+    0.25^a = 0.0507, 1, 0.75^a = 0.5386, which sum to 1.8145; times 4 / 1.8145. In row 1 both d are
+    0: a tie.
     """
     m = token_weights("gcpo", signals())
     expected = padded([[0.4964, 0.1118, 2.2044, 1.1874], [1, 1], [1]])

@@ -41,6 +41,8 @@ FOUND = [
     (r"\boxed{4}<|im_end|> \boxed{5}", "4"),  # after its turn a model talks to itself
     (r"\boxed{4}<|endoftext|>Problem: \boxed{5}", "4"),
     (r"<|im_end|>\boxed{5}", None),
+    (r"\boxed{\boxed{5}+1}", r"\boxed{5}+1"),  # the outer box
+    (r"\boxed{5} \boxed{\text{so \fbox{6}}}", r"\text{so \fbox{6}}"),
     (r"\boxed{4}</s>\boxed{5}", "4"),
 ]
 STATED = [
@@ -53,6 +55,14 @@ STATED = [
     (r"The answer is 5, or \boxed{6}", "6"),  # a box counts more than words
     (r"The answer is 5, or \boxed{6", None),
     ("I cannot tell", None),
+    ("Answer: -7", "-7"),  # a sign is no colon
+    ("**Final Answer**\n5", "5"),
+    ("The final answer is $14{,}916$. I hope it is correct.", "14{,}916"),
+    ("Final Answer: Jane started 3 hours ago. I hope it is correct.", "3"),
+    ("Final Answer: The volume of $ABCD$ is 120. I hope it is correct.", "120"),
+    (r"So we find \[x = 3\] and are done", "x = 3"),  # a last displayed formula
+    ("The pair $(x, y)$ that solves it is $(7, 6)$. <|im_end|>user $8$", "(7, 6)"),
+    ("The answer is 5 or 6.", "5 or 6"),  # all of it, so that guessing does not pay
 ]
 
 

@@ -8,6 +8,8 @@ import pytest
 
 HOUSE = Path(__file__).parent.parent
 CORE = ["model.py", "lora.py", "sample.py", "eval_math.py", "credit.py", "grpo.py", "train.py"]
+SUPPORT = [f"{p.parent.name}/{p.name}" for p in HOUSE.glob("*/*.py")]
+SUPPORT = [name for name in SUPPORT if name.startswith(("plumbing/", "verifier/"))]
 LAYERS = {"model": 0, "lora": 1, "sample": 2, "eval_math": 3, "credit": 2, "grpo": 4, "train": 5}
 
 
@@ -43,7 +45,7 @@ def test_imports_run_one_way(name):
     assert all(LAYERS[module] < mine for module in imported if module in LAYERS)
 
 
-@pytest.mark.parametrize("name", [*CORE, "data/problems.py"])
+@pytest.mark.parametrize("name", [*CORE, "data/problems.py", *SUPPORT])
 def test_nothing_evaluates_text_or_pickles(name):
     """A pickle or an eval of what a model or a download says runs whatever it says."""
     tree = ast.parse((HOUSE / name).read_text(encoding="utf-8"))
