@@ -199,8 +199,8 @@ def delta(s: Signals, p):
 
 
 def lengths(mask):
-    """(B, 1) tokens of each completion."""
-    return mask.float().sum(dim=1, keepdim=True)
+    """(B, 1) tokens of each completion, 1 for an empty one."""
+    return mask.float().sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def ranks(x, mask):

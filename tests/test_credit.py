@@ -91,6 +91,17 @@ def test_padding_gets_nothing_and_decides_nothing(method, boolean):
     assert torch.equal(token_weights(method, noisy, 2.0), first)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_without_tokens(method):
+    """NaN from 0 / 0 in a row of no tokens, which then spreads to the whole step."""
+    s, empty = signals(), MASK.clone()
+    s.mask, empty[1] = empty, False
+    m = token_weights(method, s, 2.0)
+    assert torch.isfinite(m).all() and (m[~empty] == 0).all() and m.sum() > 0
+    assert torch.isfinite(gini(m, empty)).all()
+    assert torch.isfinite(effective_token_ratio(m, empty)).all()
+
+
 def test_gcpo():
     """A rank that starts at 0, or counts from the top; ties that are told apart by their position.
 

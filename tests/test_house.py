@@ -32,6 +32,9 @@ def test_readme_line_counts():
         stated = re.search(rf"`{re.escape(name)}`[^\n]*?\| *(\d+) *\|", readme)
         assert stated, f"{name} has no line count in the README's map"
         assert int(stated[1]) == len(lines(name)), name
+    for folder in ("verifier", "plumbing"):
+        stated = re.search(rf"`{folder}/`[^\n]*?\| *(\d+) *\|", readme)
+        assert int(stated[1]) == sum(len(lines(x)) for x in SUPPORT if x.startswith(folder)), folder
 
 
 @pytest.mark.parametrize("name", CORE)
