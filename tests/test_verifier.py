@@ -5,6 +5,7 @@ and, where ../shared is at hand, labelled answers and every gold answer of MATH 
 """
 
 import ast
+import contextlib
 import itertools
 import json
 import random
@@ -23,6 +24,7 @@ from data.problems import last_boxed
 from eval_math import extract_answer, main, verify
 from model import UserError
 from plumbing.answers import compare, mcnemar, paired_difference
+from verifier.compare import same_answer
 from verifier.latex import parse
 from verifier.spellings import MACROS, normalise
 from verifier.values import POINTS, PRIMES, Values
@@ -288,6 +290,12 @@ RIGHT = {
         \frac{n(n+1)}{2} | \binom{n+1}{2}
         (-\infty,\infty) | \text{all real numbers}
         \sqrt[3]{-8} | -2
+        \begin{pmatrix}1\\2\end{pmatrix} | \begin{pmatrix} 1 \\[4pt] 2 \end{pmatrix}
+        \frac{3}{4} | \nicefrac{3}{4}
+        -\sqrt[6]{2} | \sqrt[3]{-\sqrt{2}}
+        -1 | (-1)^{1000000001}
+        \frac{4}{9} | \left(\frac{8}{27}\right)^{2/3}
+        2i | \sqrt{-4}
         \frac{x}{2}+\frac{y}{3}=1 | 3x+2y=6
         e^{\ln 2} | 2
         2 \cdot 2^x | 2^{x+1}
@@ -296,6 +304,8 @@ RIGHT = {
         \frac{\pi}{6} | \arcsin\frac{1}{2}
         12\text{ m/s} | 12 m/s
         33\frac{1}{3}\% | \frac{100}{3}\%
+        20^\circ | 20\text{ degrees}
+        20\% | 20 percent
         \mathbf{i}+2\mathbf{j} | 2\mathbf{j}+\mathbf{i}
         e^{i\pi/3} | \frac{1}{2}+\frac{\sqrt{3}}{2}i
         \frac{1}{2} | P(A) = \frac{1}{2}
@@ -382,6 +392,11 @@ RIGHT = {
 }
 WRONG = r"""
     5 | 5, 5
+    x < y | x > y
+    s^2 \le 8r^2 | s^2 \ge 8r^2
+    20\% | 20^\circ
+    20^\circ | 20\text{ days}
+    f' | f
     75^\circ, 75^\circ | 75^\circ
     (5,3) | (7,2) \cup (9,1)
     (5,3) | x < 1 \text{ and } x > 2
@@ -817,6 +832,17 @@ def test_what_is_no_text(thing):
     assert verify(thing, "5") is False
     assert type(verify(r"\boxed{5}", thing)) is bool
     assert verify(r"\boxed{5}", 5) is True
+
+
+def test_the_net_under_verify_hides_no_bug():
+    """A slip in the code that verify's `except` turns into wrong verdicts: only what cannot be
+    read or computed may raise, and only so."""
+    texts = [text for table in (*RIGHT.values(), WRONG) for pair in pairs(table) for text in pair]
+    texts += [BOMBS[name] for name in BOMBS] + ALPHABET
+    rng = random.Random(1)
+    for answer, gold in zip(texts, rng.sample(texts, len(texts)), strict=True):
+        with contextlib.suppress(ValueError, ArithmeticError):
+            assert type(same_answer(answer, gold)) is bool
 
 
 def test_no_module_of_the_verifier_evaluates_text():

@@ -135,6 +135,8 @@ class Parser:
                 base = ("fn", "!", base)
             elif op == r"\deg" and self.degree is not ONE:
                 base = join("*", base, self.degree)
+            else:
+                self.measures.add("percent" if op == "%" else "degree")
         return base
 
     def argument(self, digit=False):
@@ -241,10 +243,8 @@ class Parser:
     def matrix(self, token):
         if not re.match(r"\\begin\{(?:[pb]?matrix|smallmatrix|array)\}", token):
             raise ValueError(f"no matrix: {token}")
-        rows, end = (
-            [["row", self.expression()]],
-            token[:].replace("begin", "end").split("}")[0] + "}",
-        )
+        rows = [["row", self.expression()]]
+        end = token.split("}")[0].replace("begin", "end") + "}"
         while self.peek() != end:
             if self.take("&", r"\\") == "&":
                 rows[-1].append(self.expression())

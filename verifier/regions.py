@@ -31,7 +31,7 @@ def same_region(a, b, values: Values) -> bool:
     """
     if len(variables(a) | variables(b)) > 1:
         return False
-    values.spend(1500)
+    values.spend(3000)
     finite = sorted(x for x in ends(a, values) + ends(b, values) if abs(x) < float("inf"))
     finite = [finite[0] - 1, *finite, finite[-1] + 1] if finite else [real(Fraction(0))]
     probes = finite + [(x + y) / 2 for x, y in itertools.pairwise(finite)]

@@ -35,6 +35,7 @@ FONTS = r"""\textbf \textit \textrm \textnormal \textsf \texttt \textsc \textup 
 MACROS = dict.fromkeys(SILENT.split(), "") | dict.fromkeys([*SPACES.split(), "\\ "], " ")
 MACROS |= dict.fromkeys(FONTS.split(), r"\text") | {
     r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\dbinom": r"\binom",
+    r"\nicefrac": r"\frac",
     r"\tbinom": r"\binom", r"\le": r"\leq", r"\leqslant": r"\leq", r"\ge": r"\geq",
     r"\geqslant": r"\geq", r"\ne": r"\neq", r"\lt": "<", r"\gt": ">", r"\lvert": "|",
     r"\rvert": "|", r"\vert": "|", r"\|": "|", r"\mid": "|", r"\lbrace": r"\{", r"\rbrace": r"\}",
@@ -72,6 +73,7 @@ MEASURES = {
     "euro": "euro euros", "l": "l liter liters litre litres", "ml": "ml milliliter milliliters",
     "gal": "gal gallon gallons", "degree": "degree degrees deg", "rad": "rad radian radians",
     "mph": "mph", "kph": "kph kmh", "am": "am", "pm": "pm", "acre": "acre acres",
+    "percent": "percent percentage",
 }  # fmt: skip
 MEASURE = {word: unit for unit, words in MEASURES.items() for word in words.split()}
 
@@ -116,6 +118,7 @@ REWRITES = [  # in this order, before the macros are replaced and after
     (r"\\mathbb\s*\{([A-QS-Z])\}|\\overline\s*\{([A-Z]{2})\}", r"\1\2"),  # P(A), a segment
     (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-z])", r"\\deg "),
     (r"\.\.\.", r"\\ldots "),
+    (r"(\\\\)\s*\[\s*[0-9.]+\s*(?:pt|ex|em|mm|cm)\s*\]", r"\1"),  # a row's distance
     (r"\b([AaPp])\.\s?([Mm])\b\.?", r"\1\2"),
 ]
 LATER = [

@@ -68,21 +68,23 @@ def close(x, y) -> bool:
 
 def power(a, b):
     """a^b, exact where it is rational. An odd root of a negative number is the real one."""
+    if isinstance(b, Fraction) and b.denominator % 2 and not isinstance(a, MP.mpc) and a < 0:
+        return power(-a, b) * (1 - 2 * (b.numerator % 2))
     if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
         exponent = real(b) * MP.ln(real(a))
         if not abs(exponent) < 10**6:
             raise ValueError("too large")
         whole = isinstance(b, Fraction) and b.denominator == 1
         return real(a) ** int(b) if whole else MP.exp(exponent)
-    p, q, size = b.numerator, b.denominator, max(abs(a.numerator), a.denominator)
+    size = max(abs(a.numerator), a.denominator)
     if size > 1 and size.bit_length() * abs(b) > MAX_BITS + 1:
         raise ValueError("too large")
-    roots = [integer_nthroot(abs(n), q) for n in (a.numerator, a.denominator)]
-    sign = -1 if a < 0 and q % 2 else 1  # with an odd q the root is taken of a positive number
-    if (a >= 0 or q % 2) and all(exact for _, exact in roots):
-        p = p if size > 1 else p % 2 + (2 if p > 0 else -2)  # (-1)^(10^9)
-        return (sign * Fraction(int(roots[0][0]), int(roots[1][0]))) ** p
-    return (1 if p % 2 == 0 else sign) * MP.exp(real(b) * MP.ln(real(sign * a)))
+    (p, whole), (q, too) = (
+        integer_nthroot(abs(n), b.denominator) for n in (a.numerator, a.denominator)
+    )
+    if a >= 0 and whole and too:
+        return Fraction(int(p), int(q)) ** b.numerator
+    return MP.exp(real(b) * MP.ln(real(a)))
 
 
 def call(name, x, *others):
