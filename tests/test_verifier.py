@@ -196,6 +196,7 @@ RIGHT = {
         \begin{pmatrix}1\\2\end{pmatrix} | \begin{pmatrix}1\\2\\ \end{pmatrix}
     """,
     "units": r"""
+        10\text{ minutes} | 10 min
         5\text{ cm} | 5
         5\text{ cm} | 5 cm
         5 | 5\text{ cm}^2
@@ -392,6 +393,8 @@ RIGHT = {
 }
 WRONG = r"""
     5 | 5, 5
+    3 | three hundred
+    6 | 6\text{ million}
     x < y | x > y
     s^2 \le 8r^2 | s^2 \ge 8r^2
     20\% | 20^\circ

@@ -115,7 +115,7 @@ class Parser:
         word = self.take()[5:]
         if left[0] == "text":
             return "text", left[1] + word
-        if re.search(r"\b(?:or|and|not)\b", word):
+        if re.search(r"\b(?:or|and|not|\w+illions?|thousand|hundred)\b", word):
             raise ValueError("no unit")
         self.measures |= {MEASURE[w] for w in re.findall("[a-z]+", word) if w in MEASURE}
         if self.peek() == "^":

@@ -205,7 +205,7 @@ def words(token: str, before: str, trails: bool) -> list[str]:
         return ["text:" + bare] if is_unit else tokens(word)
     if bare in PHRASES and not trails:
         return [PHRASES[bare]]
-    if not quoted and bare in ASCII:
+    if not quoted and bare in ASCII and (bare != "min" or not trails):  # 10 min is a time
         return [ASCII[bare]]
     is_word = bare in NOUNS or (len(word) > 3 and list(bare) != sorted(set(bare)))
     if quoted or (is_word and (not trails or bare in NOUNS or before == " ")):
