@@ -15,7 +15,7 @@ it names the signals that the rule reads, and grpo.py computes no others.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,11 +40,6 @@ class Signals:
     advantage: torch.Tensor | None = None  # (B,)
     group: torch.Tensor | None = None  # (B,) index of the prompt
     noise: torch.Tensor | None = None  # (B, T) uniform in [0, 1), for the controls
-
-    def known(self) -> dict:
-        """The signals that are there, by name."""
-        pairs = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return {name: value for name, value in pairs if value is not None}
 
 
 # ---- Rules that share a completion's credit among its tokens -------------------------------------
@@ -172,8 +167,8 @@ def delta(s: Signals, p):
     A token's vector is v = (1 - pi(y_t)) h_t. Each side, A > 0 and A < 0, has a centroid of its v,
     weighted by |A|; a token's margin says how much nearer its own side's is, in squared distance.
     The centroids are refined once (K = 1), by the sigmoid of the margin over its deviation; the
-    final sigmoid alpha gives 0.8 + 0.4 alpha, or 0.8 where A = 0, and the whole step's mean is one.
-    With one side only, all are one.
+    final sigmoid alpha gives 0.8 + 0.4 alpha, or 0.8 where A = 0, and the whole step's mean is one:
+    with --aggregate token that is its self-normalised surrogate. With one side only, all are one.
     """
     on = s.mask.bool()
     v = ((1 - s.logp.exp())[..., None] * s.hidden)[on]  # (N, D) over the tokens of the step
@@ -260,8 +255,11 @@ def needs(method) -> tuple[str, ...]:
 def token_weights(method, signals: Signals, sharpening=1.0):
     """The rule's multipliers of the advantage m (B, T), fp32, detached, 0 outside completions."""
     needs(method)
+    on = signals.mask.bool()
+    known = {name: x for name, x in vars(signals).items() if x is not None and x.shape == on.shape}
+    quiet = {name: x.masked_fill(~on, 0) for name, x in known.items()}  # whatever padding holds
     with torch.no_grad():
-        return METHODS[method][0](signals, sharpening).float()
+        return METHODS[method][0](replace(signals, **quiet), sharpening).float()
 
 
 # ---- How concentrated multipliers are ------------------------------------------------------------
