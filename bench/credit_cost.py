@@ -132,13 +132,15 @@ def main():
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads,", end=" ")
     print(f"{args.shape or 'data/tiny'}, {args.prompts} x {args.samples} completions,", end=" ")
     print(f"{args.rounds} rounds, medians\n")
-    print("| rule | update, s | / uniform's | step / uniform's | credit's share of the step |")
-    print("|---|---|---|---|---|")
+    print("| rule | update, s | / uniform's | step, s | / uniform's | credit's share of the step |")
+    print("|---|---|---|---|---|---|")
     for method in rounds[0]:
         update = median(r[method][1] for r in rounds)
         ratio = median(r[method][1] / r["uniform"][1] for r in rounds)
-        step = median(sum(r[method]) / sum(r["uniform"]) for r in rounds)
-        print(f"| {method} | {update:.3f} | {ratio:.2f} | {step:.2f} | {1 - 1 / step:.0%} |")
+        step = median(sum(r[method]) for r in rounds)
+        more = median(sum(r[method]) / sum(r["uniform"]) for r in rounds)
+        print(f"| {method} | {update:.3f} | {ratio:.2f} | {step:.2f} | {more:.2f}", end=" | ")
+        print(f"{1 - 1 / more:.0%} |")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import warnings
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -51,14 +50,15 @@ def verdict(c):
 
 def shaded_lines(tokens, weights, width):
     """Tokens on greys of the 256-colour palette, more weight being darker, in lines of a width."""
-    greys = [255 - round(23 * shade(w)) for w in weights]
-    letters = [(c, grey) for token, grey in zip(tokens, greys, strict=True) for c in token]
-    for start in range(0, len(letters), width):
-        line = ""
-        for grey, run in groupby(letters[start : start + width], key=lambda pair: pair[1]):
-            ink = 16 if grey > 243 else 231  # black, or white
-            line += f"\033[48;5;{grey};38;5;{ink}m{''.join(c for c, _ in run)}"
-        yield line + "\033[0m"
+    line, used = "", 0
+    for token, weight in zip(tokens, weights, strict=True):
+        if used and used + len(token) > width:
+            yield line + "\033[0m"
+            line, used = "", 0
+        grey = 255 - round(23 * shade(weight))
+        ink = 16 if grey > 243 else 231  # black, or white
+        line, used = line + f"\033[48;5;{grey};38;5;{ink}m{token}", used + len(token)
+    yield line + "\033[0m"
 
 
 def print_row(name, tokens, weights, G, ratio):

@@ -95,7 +95,7 @@ def test_screen_shows_weights_by_shade(monkeypatch, capsys, tmp_path):
     assert rows == [f"{'arca':17}  0.56  0.42  The answer 7<end>"] * 2
     last = [line for line in out.splitlines() if line.startswith("arca  ")][-1]
     grey = [int(shade) for shade in re.findall(r"48;5;(\d+)", last)]
-    assert len(grey) == 3 and grey[0] > grey[1] > grey[2] >= 232
+    assert len(grey) == 4 and grey[0] > grey[1] == grey[2] > grey[3] >= 232
     out = call(monkeypatch, capsys, "--run", tmp_path, "--out", tmp_path, "--sharpening", 2)[1]
     assert f"{'arca':17}  0.75  0.25  The answer" in bare(out)  # one-hot: 3/4 and 1/4
 
