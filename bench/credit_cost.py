@@ -97,7 +97,7 @@ def one_round(model, tokenizer, problems, s, given=None):
     completions."""
     optimizer = torch.optim.SGD(lora_parameters(model).values(), lr=0.0)
     seconds = {}
-    for method in credit.METHODS:
+    for method in ("uniform", *credit.METHODS):  # the first one finds memory as others left it
         s.credit = method
         sample = lambda: grpo.rollout(model, tokenizer, problems, s, 1)  # noqa: E731
         sampling, r = (0.0, given) if given else timed(sample, model.device)
