@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from data.problems import last_boxed, load_problems, prompt_text
-from plumbing.answers import compare, read_answers, write_answers
+from plumbing.answers import NORMAL, compare, read_answers, write_answers
 from plumbing.cli import add_flags, load_base
 from plumbing.files import UserError, run_cli
 from sample import generate
@@ -80,7 +80,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def wilson(mean: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a mean over n problems of values in [0, 1] (exact for 0 and 1)."""
-    a = 1.959964**2 / n  # the squared normal quantile, per problem
+    a = NORMAL**2 / n  # the squared normal quantile, per problem
     center, spread = mean + a / 2, math.sqrt(a * (mean * (1 - mean) + a / 4))
     return (center - spread) / (1 + a), (center + spread) / (1 + a)
 

@@ -53,8 +53,8 @@ def rollout(model, tokenizer, problems, s, step, compare=False) -> Rollout:
 
     The sampler also keeps what rules that see the whole step read of it: they come before any pass.
     """
-    wanted = wanted_signals(s, compare)
-    keep = wanted & {"entropy", "hidden"}
+    wanted, whole = wanted_signals(s, compare), credit.METHODS[s.credit][2] is credit.STEP
+    keep = wanted & ({"entropy", "hidden"} if whole else {"hidden"})  # else entropy is of the pass
     prompts, G = [p["prompt"] for p in problems], s.samples
     sampling = (G, s.max_new_tokens, s.temperature, s.top_p)
     randomness = dict(seed=s.seed, step=step)

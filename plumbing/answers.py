@@ -8,6 +8,8 @@ from pathlib import Path
 from data.problems import json_rows
 from plumbing.files import UserError
 
+NORMAL = 1.959964  # quantile of the standard normal distribution for two-sided 95 % intervals
+
 
 def read_answers(path: str, *keys: str) -> list[dict]:
     """The rows of a JSONL file; UserError says which line has not all of these keys."""
@@ -43,7 +45,7 @@ def paired_difference(only_a: int, only_b: int, n: int) -> tuple[float, float, f
     J. Educ. Behav. Stat. 37, 479-488), which keeps its level in small samples.
     """
     a, b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
-    spread = 1.959964 * math.sqrt((a + b - (b - a) ** 2) / (n + 2))
+    spread = NORMAL * math.sqrt((a + b - (b - a) ** 2) / (n + 2))
     return (only_b - only_a) / n, max(-1.0, b - a - spread), min(1.0, b - a + spread)
 
 

@@ -85,7 +85,7 @@ def evaluate_step(model, tokenizer, held_out, s, step, folder):
     return result["greedy"]
 
 
-def figures(x, row, n) -> list[float]:
+def numbers(x, row, n) -> list[float]:
     """The first n numbers of a row of x (B, T), to 4 decimals."""
     return [round(value, 4) for value in x[row, :n].tolist()]
 
@@ -100,10 +100,10 @@ def sample_rows(r, chosen, known, s, tokenizer):
         tokens = [tokenizer.decode([t]) for t in r.completions.tokens[row, :n].tolist()]
         sample = dict(problem=p["problem"], gold=p["answer"], text=r.texts[row], tokens=tokens)
         sample.update(reward=r.rewards.flatten()[row].item(), credit=s.credit)
-        sample.update(weights=figures(own, row, n), advantage=round(known.advantage[row].item(), 4))
+        sample.update(weights=numbers(own, row, n), advantage=round(known.advantage[row].item(), 4))
         for name in ("logp", "entropy", "residual"):
-            sample[name] = figures(getattr(known, name), row, n)
-        sample["rules"] = {name: [figures(m, row, n) for m in pair] for name, pair in rules.items()}
+            sample[name] = numbers(getattr(known, name), row, n)
+        sample["rules"] = {name: [numbers(m, row, n) for m in pair] for name, pair in rules.items()}
         yield sample
 
 

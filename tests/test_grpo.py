@@ -577,3 +577,6 @@ def test_controls_are_drawn_per_completion():
     assert not torch.isin(both, torch.from_numpy(grpo.np.stack(own))).any()
     s.credit = "arca"
     assert draw(problems, 1) is None  # drawn for the rules that read it
+    for s.credit, kept in (("entropy_reduction", False), ("eapo", True)):  # before any pass only
+        c = grpo.rollout(model, tokenizer, problems, s, 1).completions
+        assert (c.entropy is not None, c.hidden) == (kept, None)
