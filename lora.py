@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from plumbing.files import UserError, check_tensors, read_json, read_tensors
@@ -39,11 +40,13 @@ class LoRALinear(nn.Module):
         self.on = True
 
     def forward(self, x):
-        y = self.base(x)  # (..., D_out)
         if not self.on:
-            return y
+            return self.base(x)
         A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
-        return y + (self.dropout(x) @ A.T @ B.T) * self.scale
+        rows = x.flatten(0, -2)  # (N, D_in)
+        low = F.linear(self.dropout(rows) if self.training else rows, A)  # (N, r)
+        y = self.base(rows).addmm_(low, B.T, alpha=self.scale)  # (N, D_out)
+        return y.view(*x.shape[:-1], -1)
 
 
 def lora_layers(model) -> dict[str, LoRALinear]:

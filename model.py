@@ -73,30 +73,34 @@ class Config:
         return cls(**c)
 
 
-class RMSNorm(nn.Module):
+def rms_norm(x, weight, eps):
     """x / rms(x) * weight over the last axis; the statistics are fp32 whatever the dtype."""
+    return weight * F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
 
+
+class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x.float() * scale).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary(positions, head_dim, theta, dtype):
-    """Cosines and sines of rotary embedding (arXiv 2104.09864, eq. 34) at positions (B, T)."""
+    """Cosines and signed sines (B, 1, T, K) of rotary embedding (arXiv 2104.09864, eq. 34) at
+    positions (B, T)."""
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angle = positions[:, None, :, None].float() * theta ** (-pair / head_dim)  # (B, 1, T, K/2)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, rope):
-    """Turn x (B, H, T, K) by its position. Coordinate i pairs with i + K/2, as in HF's weights."""
+    """Turn x (B, H, T, K) by its position. Coordinate i pairs with i + K/2, as in HF's weights:
+    (a, b) becomes (a cos - b sin, b cos + a sin)."""
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Attention(nn.Module):
@@ -160,6 +164,7 @@ class Qwen3(nn.Module):
         self.model.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.model.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.decoder = None  # the sampler's fast path, kept from call to call
         self.tie()
 
     def tie(self):
@@ -202,7 +207,7 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, device=device, dtype=torch.long)  # (B,) tokens held
-        self.filled = 0  # no row is longer than this; columns from here on are never read
+        self.filled = 0  # no row in use is longer than this; columns from here on are never read
 
     def start(self, T):
         """Make room for T more tokens in every row; returns their positions (B, T)."""
@@ -223,9 +228,14 @@ class KVCache:
             return k, v, None
         return self.k[layer][:, :, : self.filled], self.v[layer][:, :, : self.filled], self.mask
 
-    def select(self, rows):
-        """Keep the given rows, in that order; a row that is named n times becomes n rows."""
-        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+    def take(self, other, rows, first=0):
+        """Copy the given rows of a cache, which may be this one, to the rows from `first` on; later
+        rows are out of use. The tensors stay where they are."""
+        to, S = slice(first, first + len(rows)), other.filled
+        self.k[:, to, :, :S] = other.k[:, rows, :, :S]
+        self.v[:, to, :, :S] = other.v[:, rows, :, :S]
+        self.lengths[to] = other.lengths[rows]
+        self.filled = int(self.lengths[: to.stop].max()) if to.stop else 0
 
 
 # ---- Checkpoints in Hugging Face layout ----------------------------------------------------------

@@ -2,7 +2,8 @@
 
     python sample.py "What is 12*13?"
 
-A prompt is read once and its cache copied to its n samples. Every completion has its own stream of
+A prompt is read once and its cache copied to its n samples. All the completions that are wanted are
+one pool: a row that has ended makes room for the next. Every completion has its own stream of
 uniforms, one a position, which depends on (seed, step, prompt, sample) and on nothing else, and a
 token is drawn from its uniform by inverse CDF. So a completion does not depend on the batch that it
 is in, on the order of the prompts, on finished rows being dropped, or on how many processes share
@@ -17,14 +18,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from data.problems import load_problems, prompt_text
 from model import KVCache
 from plumbing.cli import add_flags, load_base
+from plumbing.decoder import Decoder
 from plumbing.files import UserError, run_cli
 
 CACHE = 2**31  # numbers: 4 GiB in bf16
-CHECK_EVERY = 8  # tokens between two looks at which rows have ended; on a GPU each look is a wait
+BLOCK = 4  # tokens between two looks at which rows have ended; on a GPU each look is a wait
+RUN, FEW = 64, 4096  # tokens whose probabilities are summed first, in vocabularies above FEW
 
 
 @dataclass
@@ -60,25 +65,38 @@ def cut(probs, top_p=1.0, top_k=0):
     ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
     if top_k > 0:
         ordered[:, top_k:] = 0
-    likelier = ordered.cumsum(-1) - ordered  # the mass in front of each token
-    ordered[likelier >= top_p * ordered.sum(-1, keepdim=True)] = 0
+    masses = ordered.double()
+    likelier = masses.cumsum(-1) - masses  # the mass in front of each token
+    ordered[likelier >= top_p * masses.sum(-1, keepdim=True)] = 0
     return torch.zeros_like(probs).scatter_(-1, ids, ordered)
 
 
-def draw(logits, u, temperature=1.0, top_p=1.0, top_k=0):
-    """A token a row by inverse CDF: logits (B, V), u (B,) in [0, 1) -> tokens (B,), log-probs (B,).
+def invert(masses, u):
+    """The first index (B,) at which the running sum of masses (B, N), float64, is above u (B,), and
+    how much of u is left there. Its mass is never 0, however u and the sums were rounded."""
+    cdf = masses.cumsum(-1)
+    u = torch.minimum(u, cdf[:, -1] * (1 - 2**-50)).clamp(min=0)[:, None]
+    index = torch.searchsorted(cdf, u, right=True).clamp(max=masses.shape[1] - 1)  # nan: no index
+    return index[:, 0], (u - (cdf - masses).gather(1, index))[:, 0]
 
-    Temperature 0 takes the likeliest token; its log-prob is then the one at temperature 1.
+
+def draw(logps, u, top_p=1.0, top_k=0):
+    """A token a row by inverse CDF: log-probs (B, V), u (B,) in [0, 1) -> tokens (B,).
+
+    Sums are in float64: over 151,936 tokens an fp32 running sum errs by more than many a
+    probability. It runs over runs of tokens and then in one of them, which is faster if many.
     """
-    logps = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
-    if temperature == 0:
-        tokens = logps.argmax(-1)
-    else:
-        # In float64: over 151,936 tokens an fp32 running sum errs by more than many a probability.
-        cdf = cut(logps.double().exp(), top_p, top_k).cumsum(-1)
-        tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
-        tokens = tokens.clamp(max=logits.shape[1] - 1)
-    return tokens, logps.gather(-1, tokens[:, None])[:, 0]
+    probs = cut(logps.exp(), top_p, top_k)
+    if probs.shape[1] <= FEW:
+        probs = probs.double()
+        return invert(probs, u * probs.sum(-1))[0]
+    if missing := -probs.shape[1] % RUN:
+        probs = F.pad(probs, (0, missing))
+    probs = probs.unflatten(1, (-1, RUN))  # (B, V / RUN, RUN)
+    masses = probs.sum(-1, dtype=torch.float64)
+    run, rest = invert(masses, u * masses.sum(-1))
+    inside = probs[torch.arange(len(run), device=run.device), run]  # (B, RUN)
+    return run * RUN + invert(inside.double(), rest)[0]
 
 
 def entropy(logps):
@@ -86,42 +104,65 @@ def entropy(logps):
     return -(logps.exp() * logps).sum(dim=-1)
 
 
+def read_prompts(model, prompts, n, cache, first):
+    """Read each prompt once, and put n copies of it in the cache from row `first` on; returns the
+    states that predict the first tokens (P x n, D)."""
+    device = model.device
+    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)
+    own = KVCache(model.config, *ids.shape, device, cache.k.dtype)
+    hidden = model(ids, own)
+    own.lengths = torch.tensor([len(p) for p in prompts], device=device)
+    row = torch.arange(len(prompts), device=device).repeat_interleave(n)
+    cache.take(own, row, first)
+    return hidden[row, own.lengths[row] - 1]
+
+
 @torch.no_grad()
-def decode(model, prompts, u, eos_ids, temperature, top_p, top_k):
-    """Write B / P completions of each of P prompts token by token; u is (B, T) uniforms. Yields for
-    each position the rows still in the batch, their tokens and log-probs, which of them had ended
-    before (four tensors of shape (b,)), and the states (b, D) and logits (b, V) drawn from."""
+def decode(model, prompts, u, eos_ids, temperature, top_p, top_k, slots, block, keep=()):
+    """Write n = B / P completions of each of P prompts, at most `slots` rows at once. u (B, T) are the
+    uniforms. Yields, for `block` tokens of some rows, the rows (b,), the column (b,) of the
+    first of them, and by name the tokens and log-probs (b, block) and what is to be kept."""
     if temperature < 0 or not top_p > 0 or not all(prompts):
         raise UserError("nothing to sample: no prompt, a negative temperature or a top-p of 0")
-    device, P = model.device, len(prompts)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
-    ids, u = ids.to(device), torch.as_tensor(u, device=device)
-    stop = torch.tensor(list(eos_ids), device=device)
-    B, capacity = len(u), ids.shape[1] + u.shape[1]
-
-    # The prompts' cache has room for whole texts: it becomes that of their samples.
-    cache = KVCache(model.config, P, capacity, device, model.lm_head.weight.dtype)
-    hidden = model(ids, cache)[torch.arange(P, device=device), lengths - 1]  # (P, D)
-    cache.lengths = lengths
-    group = torch.arange(P, device=device).repeat_interleave(B // P)  # (B,) the prompt of each row
-    hidden = hidden[group]
-    cache.select(group)
-    rows = torch.arange(B, device=device)
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
-    for position in range(u.shape[1]):
-        logits = model.logits(hidden)
-        tokens, logps = draw(logits, u[rows, position], temperature, top_p, top_k)
-        yield rows, tokens, logps, ended, hidden, logits
-        ended = ended | torch.isin(tokens, stop)
-        if position % CHECK_EVERY == CHECK_EVERY - 1 or B == 1:
-            going = (~ended).nonzero()[:, 0]
-            if len(going) == 0:
-                return
-            if len(going) < len(rows):  # drop the rows that have ended, and their cache
-                rows, tokens, ended = rows[going], tokens[going], ended[going]
-                cache.select(going)
-        hidden = model(tokens[:, None], cache)[:, 0]  # (b, D)
+    device, (B, T), n = model.device, u.shape, len(u) // len(prompts)
+    u, stop = torch.as_tensor(u, device=device), torch.tensor(list(eos_ids), device=device)
+    slots, room = max(n, min(slots, B)), max(map(len, prompts)) + T + block
+    fast, model.decoder = model.decoder, None  # while it is in use it is nobody else's
+    if fast is None or not fast.fits(slots, room):
+        fast = Decoder(model, slots, room)
+    fast.refresh()
+    waiting = list(range(len(prompts)))
+    rows = column = tokens = torch.zeros(0, dtype=torch.long, device=device)
+    while waiting or len(rows):
+        hidden = [fast.advance(tokens)] if len(rows) else []
+        free = slots - len(rows)
+        if waiting and free >= max(n, slots // 4):
+            new, waiting = waiting[: free // n], waiting[free // n :]
+            hidden += [read_prompts(model, [prompts[i] for i in new], n, fast.cache, len(rows))]
+            new = torch.tensor(new, device=device)[:, None] * n + torch.arange(n, device=device)
+            rows, column = torch.cat([rows, new.flatten()]), F.pad(column, (0, new.numel()))
+        hidden, drawn = torch.cat(hidden), {name: [] for name in ("tokens", "logps", *keep)}
+        for i in range(block):
+            if i:
+                hidden = fast.advance(tokens)
+            logps = torch.log_softmax(model.logits(hidden).float() / (temperature or 1.0), dim=-1)
+            if temperature == 0:  # the likeliest; its log-prob is the one at temperature 1
+                tokens = logps.argmax(-1)
+            else:
+                tokens = draw(logps, u[rows, (column + i).clamp(max=T - 1)], top_p, top_k)
+            drawn["tokens"].append(tokens)
+            drawn["logps"].append(logps.gather(1, tokens[:, None])[:, 0])
+            for name in keep:
+                drawn[name].append(hidden if name == "hidden" else entropy(logps))
+        drawn = {name: torch.stack(values, dim=1) for name, values in drawn.items()}
+        yield rows, column, drawn
+        column = column + block
+        over = torch.isin(drawn["tokens"], stop).any(dim=1) | (column >= T)
+        going = (~over).nonzero()[:, 0]
+        if len(going) < len(rows):  # drop the rows that have ended, and their cache
+            rows, column, tokens = rows[going], column[going], tokens[going]
+            fast.cache.take(fast.cache, going)
+    model.decoder = fast
 
 
 def generate(
@@ -143,35 +184,29 @@ def generate(
     that changes no completion. Results are on the CPU; keep names the optional ones."""
     if min(n, max_new_tokens) < 1:
         raise UserError("nothing to sample: n and max_new_tokens must be 1 or more")
-    device, B = model.device, len(prompts) * n
-    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(B, max_new_tokens, device=device)
-    lengths = torch.zeros(B, dtype=torch.long, device=device)
-    sizes = dict(entropy=(), hidden=(model.config.hidden_size,))
-    kept = {name: torch.zeros(B, max_new_tokens, *sizes[name], device=device) for name in keep}
-    c, width = model.config, max(map(len, prompts), default=0) + max_new_tokens
-    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * width
-    size = max(1, min(max_rows, CACHE // row) // n)  # prompts at a time
-    for first in range(0, len(prompts), size):
-        part = prompts[first : first + size]
-        u = [uniforms(seed, step, p, i, max_new_tokens) for p in part for i in range(n)]
-        steps = decode(model, part, np.stack(u), eos_ids, temperature, top_p, top_k)
-        for position, (rows, token, logp, ended, hidden, logits) in enumerate(steps):
-            rows = rows + first * n
-            tokens[rows, position] = token.masked_fill(ended, 0)
-            logps[rows, position] = logp.masked_fill(ended, 0.0)
-            lengths[rows] += ~ended
-            if "hidden" in keep:
-                kept["hidden"][rows, position] = hidden
-            if "entropy" in keep:
-                logits = logits.float() / (temperature or 1.0)
-                kept["entropy"][rows, position] = entropy(logits.log_softmax(-1))
+    c, device, B, T = model.config, model.device, len(prompts) * n, max_new_tokens
+    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    slots = min(max_rows, CACHE // (row * (max(map(len, prompts), default=0) + T)))
+    sizes = dict(tokens=(), logps=(), entropy=(), hidden=(c.hidden_size,))
+    names = ("tokens", "logps", *keep)
+    out = {name: torch.zeros(B, T + BLOCK, *sizes[name], device=device) for name in names}
+    out["tokens"] = out["tokens"].long()
+    if B:
+        u = np.stack([uniforms(seed, step, p, i, T) for p in prompts for i in range(n)])
+        cuts = (temperature, top_p, top_k)
+        for rows, column, drawn in decode(model, prompts, u, eos_ids, *cuts, slots, BLOCK, keep):
+            columns = column[:, None] + torch.arange(BLOCK, device=device)
+            for name, values in drawn.items():
+                out[name][rows[:, None], columns] = values
+    ended = torch.isin(out["tokens"][:, :T].cpu(), torch.tensor(list(eos_ids)))
+    finished = ended.any(dim=1)
+    lengths = torch.where(finished, ended.int().argmax(dim=1) + 1, T)
     T = int(lengths.max()) if B else 0
-    kept = {name: value[:, :T].cpu() for name, value in kept.items()}
-    tokens, logps, lengths = tokens[:, :T].cpu(), logps[:, :T].cpu(), lengths.cpu()
-    last = tokens.gather(1, lengths[:, None] - 1)[:, 0]
-    ended = torch.isin(last, torch.tensor(list(eos_ids)))
-    return Completions(tokens, lengths, logps, ended, **kept)
+    past = torch.arange(T) >= lengths[:, None]  # what a row wrote after its end
+    for name, value in out.items():
+        out[name] = value[:, :T].cpu()
+        out[name][past] = 0
+    return Completions(out.pop("tokens"), lengths, out.pop("logps"), finished, **out)
 
 
 def main():
@@ -190,8 +225,9 @@ def main():
             print(f"\n{p['problem']}" + (f"  (gold: {p['answer']})" if "answer" in p else ""))
             u = uniforms(s.seed, 0, prompt, sample, s.max_new_tokens)[None]
             ids, shown, stop = [], "", tokenizer.eos_ids
-            for _, token, *_ in decode(model, [prompt], u, stop, s.temperature, s.top_p, s.top_k):
-                ids.append(int(token))
+            cuts = (s.temperature, s.top_p, s.top_k)
+            for _, _, drawn in decode(model, [prompt], u, stop, *cuts, 1, block=1):
+                ids.append(int(drawn["tokens"]))
                 text = tokenizer.decode([i for i in ids if i not in stop])
                 if not text.endswith("\ufffd"):  # half of a character: wait for the rest
                     print(text[len(shown) :], end="", flush=True)

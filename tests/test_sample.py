@@ -12,7 +12,7 @@ from conftest import ROOT, tiny_model
 
 from data.problems import prompt_text
 from model import UserError, load_model, load_tokenizer
-from sample import cut, draw, generate, uniforms
+from sample import FEW, RUN, cut, draw, generate, uniforms
 
 BELOW_1 = 1 - 2**-53  # the largest float64 below 1
 PROMPTS = [[1, 2, 3], [4], [5, 0, 5, 1, 2, 2, 3], [2, 4]]
@@ -81,13 +81,27 @@ def test_draw_at_the_edges():
     """At the ends of the CDF a token of probability 0, or no token at all, could be drawn."""
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
     u = torch.tensor([0.0, 0.25, 0.4999999, 0.5, 0.75, BELOW_1], dtype=torch.float64)
-    tokens, logps = draw(logits.expand(6, 5), u)
+    tokens = draw(logits.expand(6, 5).log_softmax(-1), u)
     assert tokens.tolist() == [1, 1, 1, 3, 3, 3]
-    torch.testing.assert_close(logps, torch.full((6,), 0.5).log())
-    even = torch.zeros(4, 4)
+    even = torch.zeros(4, 4).log_softmax(-1)
     quarters = torch.tensor([0.0, 0.26, 0.51, 0.99], dtype=torch.float64)
-    assert draw(even, quarters)[0].tolist() == [0, 1, 2, 3]
-    assert draw(even, quarters, top_k=2)[0].tolist() == [0, 0, 1, 1]
+    assert draw(even, quarters).tolist() == [0, 1, 2, 3]
+    assert draw(even, quarters, top_k=2).tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("V", [63, FEW, FEW + 1, FEW + RUN, FEW + 5 * RUN + 7])
+def test_draw_equals_a_running_sum(V):
+    """Tokens are looked for in runs of RUN: an error shows where one run ends and the next begins,
+    where whole runs have no mass, and in what pads the last one."""
+    rng = np.random.default_rng(V)
+    p = rng.random(V) * (rng.random(V) < 0.2)
+    p[: 2 * RUN : 2] = p[-1] = 0
+    p[min(V - 2, RUN - 1)] = 1
+    cdf = np.cumsum(p) / np.cumsum(p)[-1]
+    u = np.concatenate([rng.random(300), [0, BELOW_1], cdf - 1e-6, cdf + 1e-6]).clip(0, BELOW_1)
+    want = (cdf[None] > u[:, None]).argmax(1)
+    logps = torch.from_numpy(p / p.sum()).log().expand(len(u), V)
+    assert draw(logps, torch.from_numpy(u)).tolist() == want.tolist()
 
 
 def test_draw_is_exact_over_a_large_vocabulary():
@@ -99,16 +113,19 @@ def test_draw_is_exact_over_a_large_vocabulary():
     rare = np.flatnonzero((p > 4e-8) & (p < 8e-8) & (cdf > 0.5))
     want = rare[:: len(rare) // 24][:24]
     middle = torch.from_numpy(cdf[want] - p[want] / 2)
-    assert draw(logits.expand(24, -1), middle)[0].tolist() == want.tolist()
+    assert draw(logits.log_softmax(-1).expand(24, -1), middle).tolist() == want.tolist()
 
 
 def test_temperature_0_takes_the_likeliest():
     """Greedy evaluation must not depend on the uniforms, nor divide by zero."""
-    logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
-    for u in (0.0, BELOW_1):
-        tokens, logps = draw(logits, torch.full((50,), u, dtype=torch.float64), temperature=0)
-        assert torch.equal(tokens, logits.argmax(-1))
-        torch.testing.assert_close(logps, logits.log_softmax(-1).max(-1).values)
+    model = tiny_model()
+    for seed in (0, 1):
+        c = generate(model, PROMPTS, 2, 9, temperature=0, seed=seed)
+        for row, prompt in enumerate(p for p in PROMPTS for _ in range(2)):
+            ids = torch.tensor([prompt + c.tokens[row].tolist()])
+            logps = model.logits(model(ids))[0, len(prompt) - 1 : -1].log_softmax(-1)
+            assert torch.equal(c.tokens[row], logps.argmax(-1))
+            torch.testing.assert_close(c.logps[row], logps.amax(-1), atol=1e-5, rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,10 +176,8 @@ def test_cut_equals_transformers(top_p, top_k):
     assert torch.equal(cut(probs, top_p, top_k) > 0, kept)
     for u in (0.0, 0.3, 0.9, 0.999, BELOW_1):
         u = torch.full((40,), u, dtype=torch.float64)
-        tokens, logps = draw(logits, u, top_p=top_p, top_k=top_k)
+        tokens = draw(logits.log_softmax(-1), u, top_p, top_k)
         assert kept.gather(1, tokens[:, None]).all()
-        want = probs.gather(1, tokens[:, None])[:, 0].log().float()
-        torch.testing.assert_close(logps, want, atol=1e-5, rtol=0)  # before the cut
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,0 +1,154 @@
+"""The decoding step of the sampler, fast: one token a row. One need not read it to understand the
+rest, for it computes what Qwen3.forward does with a cache, and tests hold the two together.
+
+At this size the calls cost more than the arithmetic. So layers that read the same input are one
+product, and so are their adapters; and a GPU, which takes longer to launch a thousand kernels than
+to run them, captures the step as a CUDA graph and replays it.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from lora import LoRALinear
+from model import KVCache, rms_norm, rotary, rotate
+
+
+class Stack:
+    """Linear layers that read the same input as one: x (b, D) -> (b, all their outputs)."""
+
+    weight = A = None
+
+    def fill(self, layers):
+        """Take the layers' weights, once, and their adapters, which change between rollouts."""
+        plain = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
+        first, sizes = plain[0], [layer.out_features for layer in plain]
+        if self.weight is None or self.weight.data_ptr() != first.weight.data_ptr():
+            self.weight = torch.cat([layer.weight for layer in plain])
+            self.bias = None if first.bias is None else torch.cat([x.bias for x in plain])
+            for layer, part in zip(plain, self.weight.split(sizes), strict=True):
+                layer.weight.data = part  # a view of the stack, so nothing is held twice
+        on = [x for x in layers if isinstance(x, LoRALinear) and x.on]
+        self.scale = on[0].scale if on else None
+        if not on:
+            return
+        none = self.weight.new_empty(0)
+        A = [x.lora_A.weight if x in on else none.view(0, first.in_features) for x in layers]
+        B = [x.lora_B.weight if x in on else none.view(x.out_features, 0) for x in layers]
+        A, B = torch.cat(A).T.to(none.dtype), torch.block_diag(*B).T.to(none.dtype)
+        if self.A is None or self.A.shape != A.shape:
+            self.A, self.B = torch.empty(A.shape).to(none), torch.empty(B.shape).to(none)
+        self.A.copy_(A)  # in place: captured graphs read them there
+        self.B.copy_(B)
+
+    def __call__(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if self.scale is None:
+            return y
+        return y.addmm_(x @ self.A, self.B, alpha=self.scale)
+
+
+class Decoder:
+    """A model's decoding step, with the cache that it reads and writes."""
+
+    def __init__(self, model, rows, columns):
+        c, place = model.config, (model.device, model.lm_head.weight.dtype)
+        self.model, self.place, self.graphs = model, place, {}
+        self.cache = KVCache(c, rows, columns, *place)
+        self.stacks = [[Stack() for _ in range(4)] for _ in model.model.layers]
+        rope = rotary(
+            torch.arange(columns, device=place[0])[None], c.head_dim, c.rope_theta, place[1]
+        )
+        self.cos, self.sin = rope[0][0, 0], rope[1][0, 0]  # (columns, K)
+        self.qk_weight = []
+        for block in model.model.layers:
+            norms = (block.self_attn.q_norm, c.num_attention_heads)
+            norms = (norms, (block.self_attn.k_norm, c.num_key_value_heads))
+            weights = [norm.weight.expand(heads, -1) for norm, heads in norms if c.qk_norm]
+            self.qk_weight.append(torch.cat(weights) if weights else None)  # (H + H_kv, K)
+
+    def fits(self, rows, columns):
+        """Whether this decoder is still good for its model, and has that much room."""
+        have = (*self.place, self.cache.k.shape[1] >= rows, self.cache.k.shape[3] >= columns)
+        return have == (self.model.device, self.model.lm_head.weight.dtype, True, True)
+
+    def refresh(self):
+        """Empty the cache and take over the adapters as they are now."""
+        self.cache.filled = 0
+        for block, (qkv, o, up, down) in zip(self.model.model.layers, self.stacks, strict=True):
+            attention, mlp = block.self_attn, block.mlp
+            qkv.fill([attention.q_proj, attention.k_proj, attention.v_proj])
+            o.fill([attention.o_proj])
+            up.fill([mlp.gate_proj, mlp.up_proj])
+            down.fill([mlp.down_proj])
+        self.on = tuple(stack.scale for four in self.stacks for stack in four)
+
+    def step(self, tokens):
+        """tokens (b,) of the first b rows -> the states after the final norm (b, D)."""
+        c, cache, b = self.model.config, self.cache, len(tokens)
+        H, H_kv, K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        columns = cache.k.shape[3]
+        at = cache.lengths[:b].clamp(max=columns - 1)  # (b,); a row that is over may run on
+        cache.lengths[:b] += 1
+        cache.filled += 1
+        S = self.width(cache.filled)
+        unseen = torch.arange(S, device=at.device) > at[:, None]
+        mask = torch.zeros(unseen.shape, device=at.device, dtype=self.place[1])
+        mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (b, 1, 1, S)
+        rope = self.cos[at][:, None], self.sin[at][:, None]  # (b, 1, K)
+        place = torch.arange(b * H_kv, device=at.device).view(b, H_kv) * columns + at[:, None]
+        place = place.flatten()  # of each row's and head's new key among those of the layer
+        x = self.model.model.embed_tokens(tokens)
+        for layer, block in enumerate(self.model.model.layers):
+            to_qkv, to_out, to_inner, to_down = self.stacks[layer]
+            qkv = to_qkv(block.input_layernorm(x)).view(b, -1, K)
+            qk, v = qkv[:, : H + H_kv], qkv[:, H + H_kv :]
+            if c.qk_norm:
+                qk = rms_norm(qk, self.qk_weight[layer], c.rms_norm_eps)
+            qk = rotate(qk, rope)
+            keys, values = cache.k[layer], cache.v[layer]  # (rows, H_kv, columns, K)
+            keys.view(-1, K).index_copy_(0, place, qk[:, H:].reshape(-1, K))
+            values.view(-1, K).index_copy_(0, place, v.reshape(-1, K))
+            # Query heads that share a key head are queries of one head: its keys are read once.
+            q = qk[:, :H].reshape(b, H_kv, -1, K)
+            y = attend(q, keys[:b, :, :S], values[:b, :, :S], mask).view(b, -1)
+            x = x + to_out(y)
+            gate, up = to_inner(block.post_attention_layernorm(x)).chunk(2, dim=-1)
+            x = x + to_down(F.silu(gate) * up)
+        return self.model.model.norm(x.float())
+
+    def width(self, filled):
+        """Columns to read if so many are filled; rounded up on a GPU, where each is a graph."""
+        step = 256 if self.cache.k.is_cuda else 1
+        return min(-(-filled // step) * step, self.cache.k.shape[3])
+
+    def advance(self, tokens):
+        """`step`, on a GPU as a graph: one for each number of rows and columns, rounded up, and
+        setting of the adapters. The first time it runs as it is, which readies the kernels."""
+        b, cache = len(tokens), self.cache
+        if not tokens.is_cuda:
+            return self.step(tokens)
+        rows = min(
+            1 << (b - 1).bit_length(), cache.k.shape[1]
+        )  # those past b write what none reads
+        tokens, key = F.pad(tokens, (0, rows - b)), (rows, self.width(cache.filled + 1), self.on)
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return self.step(tokens)[:b]
+        if self.graphs[key] is None:
+            graph, filled = torch.cuda.CUDAGraph(), cache.filled
+            with torch.cuda.graph(graph):  # notes what is to be done, and does nothing
+                states = self.step(tokens)
+            self.graphs[key], cache.filled = (graph, tokens, states), filled
+        graph, into, states = self.graphs[key]
+        into.copy_(tokens)
+        graph.replay()
+        cache.filled += 1
+        return states[:b].clone()
+
+
+def attend(q, k, v, mask):
+    """Attention of a few queries (b, H_kv, n, K) to k, v (b, H_kv, S, K), mask (b, 1, 1, S)."""
+    if q.dtype != torch.float32:  # where scores must not be rounded
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3)).add_(mask)
+    return torch.matmul(scores.softmax(dim=-1), v)

@@ -1,0 +1,91 @@
+"""plumbing/decoder.py against Qwen3.forward without a cache, which transformers vouches for."""
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from lora import adapter_off, add_lora, lora_parameters
+from plumbing.decoder import Decoder, attend
+from sample import generate
+
+FAMILIES = [dict(), dict(model_type="qwen2"), dict(model_type="llama"), dict(num_key_value_heads=4)]
+
+
+def adapted(targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"), **changes):
+    """A tiny model with adapters, on some layers only, that matter."""
+    model = add_lora(tiny_model(**changes), 3, 5.0, targets)
+    rng = torch.Generator().manual_seed(1)
+    for name, p in lora_parameters(model).items():
+        if "lora_B" in name:
+            p.data = 0.3 * torch.randn(p.shape, generator=rng)
+    return model
+
+
+@torch.no_grad()
+def decoded(model, decoder, ids):
+    """The states after each token of ids (B, T), one token at a time."""
+    decoder.refresh()
+    decoder.cache.lengths.zero_()
+    return torch.stack([decoder.advance(column) for column in ids.T], dim=1)
+
+
+def ids_of(model, rows=3, T=11):
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (rows, T), generator=rng)
+
+
+@pytest.mark.parametrize("changes", FAMILIES)
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_decoder_equals_forward(changes, with_adapter):
+    """The fast path would sample from another model than the one that is trained."""
+    model = (adapted if with_adapter else tiny_model)(**changes)
+    ids = ids_of(model)
+    got = decoded(model, Decoder(model, 5, 16), ids)
+    torch.testing.assert_close(got, model(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_decoder_follows_the_adapter():
+    """A decoder that is kept from rollout to rollout could go on with the adapter of the first, or
+    with it where it is off; and its stacked weights could become a second copy of the model."""
+    model = adapted()
+    ids, decoder = ids_of(model), Decoder(model, 3, 16)
+    for change in (0.0, 0.5, -1.0):
+        for p in lora_parameters(model).values():
+            p.data += change * p.abs().mean()
+        torch.testing.assert_close(decoded(model, decoder, ids), model(ids), atol=1e-5, rtol=1e-5)
+    with adapter_off(model):
+        torch.testing.assert_close(decoded(model, decoder, ids), model(ids), atol=1e-5, rtol=1e-5)
+    attention = model.model.layers[0].self_attn
+    stack = decoder.stacks[0][0].weight
+    assert attention.q_proj.base.weight.data_ptr() == stack.data_ptr()
+    assert attention.v_proj.base.weight.untyped_storage().data_ptr() == stack.data_ptr()
+    again = Decoder(model, 3, 16)
+    torch.testing.assert_close(decoded(model, again, ids), model(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_attend_without_rounding():
+    """Scores in bf16 would be off by 0.03 at 10: log-probs would no longer be those of training."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, n, 8, generator=rng) for n in (2, 9, 9))
+    mask = torch.zeros(3, 1, 1, 9).masked_fill_(torch.arange(9) > 6, -torch.inf)
+    q, k = 4 * q.bfloat16(), 4 * k.bfloat16()
+    exact = torch.softmax(q.double() @ k.double().transpose(2, 3) / 8**0.5 + mask, -1) @ v.double()
+    got = attend(q, k, v.bfloat16(), mask.bfloat16())
+    torch.testing.assert_close(got.double(), exact, atol=0.02, rtol=0.02)
+    got = attend(q.float(), k.float(), v, mask)
+    torch.testing.assert_close(got.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_two_samplers_at_once():
+    """Two loops over one model, such as two streams on screen, would write into one cache."""
+    from sample import decode, uniforms
+
+    model, prompt = tiny_model(), [1, 2, 3]
+    want = generate(model, [prompt], 2, 12, seed=3).tokens.tolist()
+    u = [uniforms(3, 0, prompt, i, 12)[None] for i in (0, 1)]
+    both = [decode(model, [prompt], one, (), 1.0, 1.0, 0, 1, 1) for one in u]
+    got = [[], []]
+    for blocks in zip(*both, strict=True):
+        for tokens, (_, _, drawn) in zip(got, blocks, strict=True):
+            tokens.append(int(drawn["tokens"]))
+    assert got == want
