@@ -12,16 +12,17 @@ is over all the rollouts of the step, those without a gradient included.
 """
 
 import math
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import credit
 from eval_math import verify
 from lora import adapter_off, lora_parameters
+from plumbing.batches import Batch, SharedPrompts, make_batch, micro_batches, padding
 from plumbing.diagnostics import diagnose, step_classes
 from plumbing.files import UserError
 from sample import Completions, entropy, generate, uniforms
@@ -39,6 +40,7 @@ class Rollout:
     rewards: torch.Tensor  # (P, G)
     classes: torch.Tensor | None = None  # (B, T) the class of each token: plumbing/diagnostics.py
     noise: torch.Tensor | None = None  # (B, T) uniforms for the controls
+    seconds_verify: float = 0.0  # what the grading took
 
 
 def wanted_signals(s, compare=False) -> set[str]:
@@ -61,11 +63,12 @@ def rollout(model, tokenizer, problems, s, step, compare=False) -> Rollout:
     stop = tokenizer.eos_ids
     c = generate(model, prompts, *sampling, eos_ids=stop, keep=keep, **randomness)
     texts = c.texts(tokenizer)
-    golds = [p["answer"] for p in problems for _ in range(G)]
+    golds, started = [p["answer"] for p in problems for _ in range(G)], time.perf_counter()
     rewards = [float(verify(text, gold)) for text, gold in zip(texts, golds, strict=True)]
     rewards = torch.tensor(rewards).view(len(prompts), G)
     T = c.tokens.shape[1]
-    r = Rollout(problems, c, texts, rewards, step_classes(c, tokenizer))
+    seconds = time.perf_counter() - started
+    r = Rollout(problems, c, texts, rewards, step_classes(c, tokenizer), seconds_verify=seconds)
     if "noise" in wanted:  # streams of their own: those of samples -1, -2, ..., else unused
         noise = [uniforms(s.seed, step, p, -1 - i, T) for p in prompts for i in range(G)]
         r.noise = torch.from_numpy(np.stack(noise))
@@ -125,45 +128,26 @@ def token_logps(model, hidden, targets, temperature=1.0, chunk=None):
     return torch.cat(logps), torch.cat(entropies)
 
 
-@dataclass
-class Batch:
-    """Some rows of a rollout, right-padded, as one forward pass needs them."""
-
-    ids: torch.Tensor  # (b, L) prompt, completion, padding
-    at: torch.Tensor  # (b, T) position of the state that predicts completion token t
-    targets: torch.Tensor  # (b, T) completion tokens
-    mask: torch.Tensor  # (b, T) bool, True on completion tokens; from lengths, never from ids
-    sampled_logps: torch.Tensor  # (b, T) what the sampler said
-
-
-def make_batch(r: Rollout, rows, device, prompt="prompt") -> Batch:
-    """The given rows of a rollout as a Batch on the device, after the problems' `prompt`."""
-    c, G, lengths = r.completions, r.rewards.shape[1], r.completions.lengths[rows]  # (b,)
-    T = int(lengths.max())
-    prompts = [r.problems[row // G][prompt] for row in rows.tolist()]
-    starts = torch.tensor([len(p) for p in prompts])[:, None]  # (b, 1) where the completion starts
-    columns = torch.arange(T)
-    mask = columns < lengths[:, None]
-    # The last token predicts nothing that was drawn, so it need not be read: ids stop before it.
-    ends = [c.tokens[row, : n - 1] for row, n in zip(rows, lengths, strict=True)]
-    both = [torch.cat([torch.tensor(p), end]) for p, end in zip(prompts, ends, strict=True)]
-    ids = pad_sequence(both, batch_first=True)
-    at = (starts - 1 + columns).clamp(max=ids.shape[1] - 1)
-    fields = (ids, at, c.tokens[rows, :T], mask, c.logps[rows, :T])
-    return Batch(*(field.to(device) for field in fields))
-
-
 def predicting_states(model, b: Batch, layer="final"):
     """The states that predict the completion tokens (b, T, D), and a list of those that ARCA
-    compares: after the final norm (`final`), before it (`prenorm`) or after each block (`sum`)."""
-    blocks = None if layer == "final" else []
-    hidden = model(b.ids, blocks=blocks)
-    at = b.at[:, :, None].expand(-1, -1, hidden.shape[-1])
-    states = hidden.gather(1, at)
+    compares: after the final norm (`final`), before it (`prenorm`) or after each block (`sum`).
+
+    A prompt is read once for all its completions; its last state predicts their first tokens.
+    """
+    cache, T = SharedPrompts(b.starts), b.mask.shape[1]
+    blocks = [[], []] if layer != "final" else [None, None]
+    first = model(b.prompts, cache, blocks[0])  # (p, L, D)
+    rest = model(b.ids, SharedPrompts(b.starts, b.group, cache), blocks[1])  # (b, T - 1, D)
+
+    def joined(prompt, completion):
+        before = prompt[b.group, b.starts[b.group] - 1]  # (b, D)
+        return torch.cat([before[:, None], completion], dim=1)[:, :T]
+
+    states = joined(first, rest)
     if layer == "final":
         return states, [states.detach()]
-    compared = blocks if layer == "sum" else blocks[-1:]
-    return states, [block.detach().gather(1, at).float() for block in compared]
+    compared = [joined(x, y).detach().float() for x, y in zip(*blocks, strict=True)]
+    return states, compared if layer == "sum" else compared[-1:]
 
 
 def on_tokens(model, b: Batch, states, temperature):
@@ -222,19 +206,6 @@ def kl_k3(logps, ref_logps):
     its expected gradient is that of KL(ref || pi); GRPO's paper uses it so (arXiv 2402.03300)."""
     log_ratio = ref_logps - logps
     return log_ratio.exp() - 1 - log_ratio
-
-
-def micro_batches(r: Rollout, chosen, budget):
-    """The chosen rows (B,) of a rollout, in groups of like length of at most `budget` tokens."""
-    G, lengths = r.rewards.shape[1], r.completions.lengths.tolist()
-    rows = chosen.nonzero()[:, 0].tolist()
-    size = {row: len(r.problems[row // G]["prompt"]) + lengths[row] for row in rows}
-    groups = []
-    for row in sorted(size, key=size.get):  # so the newest row of a group is its longest
-        if not groups or size[row] * (len(groups[-1]) + 1) > budget:
-            groups.append([])
-        groups[-1].append(row)
-    return [torch.tensor(group) for group in groups]
 
 
 def clip_gradients(parameters, limit):
@@ -327,11 +298,12 @@ def update(model, optimizer, r: Rollout, advantages, s, compare=False):
         m = credit.token_weights(s.credit, known, s.sharpening)
     found, metrics = {}, dict(loss=0.0, grad_norm=0.0, skipped=0)
     learns = (advantages != 0) | (s.kl > 0)
-    for rows in micro_batches(r, ~learns, s.micro_tokens):  # groups without spread: only measured
+    groups = [micro_batches(r, chosen, s.micro_tokens) for chosen in (learns, ~learns)]
+    for rows in groups[1]:  # those without spread are only measured
         with torch.no_grad():
             merge(found, rows, signals(model, r, rows, wanted, s)[2], known.mask.shape)
     for turn in range(s.updates if learns.any() else 0):
-        for rows in micro_batches(r, learns, s.micro_tokens):
+        for rows in groups[0]:
             loss, part = add_gradient(model, r, rows, known, m, per_row, s, wanted)
             if turn == 0:  # the metrics are those of the policy that sampled
                 metrics["loss"] += loss
@@ -346,4 +318,5 @@ def update(model, optimizer, r: Rollout, advantages, s, compare=False):
     if m is None:
         m = credit.token_weights(s.credit, known, s.sharpening)
     metrics |= measure(r, known, s) | diagnose(r, known, m, per_row, s, compare)
+    metrics["padding"] = padding(r, groups[0] + groups[1])
     return metrics, known, m

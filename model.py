@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Tokenizer as TokenizerFile
+from torch.utils.checkpoint import checkpoint
 
 from plumbing.files import UserError, check_tensors, hub_folder, read_json, read_tensors
 
@@ -125,6 +126,8 @@ class Attention(nn.Module):
         q, k, mask = rotate(q, rope), rotate(k, rope), None
         if cache is not None:
             k, v, mask = cache.append(layer, k, v)  # (B, H_kv, S, K), mask (B, 1, T, S) or None
+        if q.is_cuda and mask is not None:  # there a fast kernel has either a mask or grouped heads
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(*x.shape[:2], -1))
 
@@ -165,6 +168,9 @@ class Qwen3(nn.Module):
         self.model.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.decoder = None  # the sampler's fast path, kept from call to call
+        self.checkpoint = (
+            False  # make a block's activations again in the backward pass: slow, small
+        )
         self.tie()
 
     def tie(self):
@@ -186,8 +192,10 @@ class Qwen3(nn.Module):
         if cache is not None:
             positions = cache.start(ids.shape[1])  # (B, T)
         rope = rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        again = self.checkpoint and torch.is_grad_enabled()
         for layer, block in enumerate(self.model.layers):
-            x = block(x, rope, cache, layer)
+            passes = (x, rope, cache, layer)
+            x = checkpoint(block, *passes, use_reentrant=False) if again else block(*passes)
             if blocks is not None:
                 blocks.append(x)
         # A small ARCA residual would drown in one more rounding to bf16: the last norm stays fp32.

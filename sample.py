@@ -119,8 +119,8 @@ def read_prompts(model, prompts, n, cache, first):
 
 @torch.no_grad()
 def decode(model, prompts, u, eos_ids, temperature, top_p, top_k, slots, block, keep=()):
-    """Write n = B / P completions of each of P prompts, at most `slots` rows at once. u (B, T) are the
-    uniforms. Yields, for `block` tokens of some rows, the rows (b,), the column (b,) of the
+    """Write n = B / P completions of each of P prompts, at most `slots` rows at once. u (B, T) are
+    their uniforms. Yields, for `block` tokens of some rows, the rows (b,), the column (b,) of the
     first of them, and by name the tokens and log-probs (b, block) and what is to be kept."""
     if temperature < 0 or not top_p > 0 or not all(prompts):
         raise UserError("nothing to sample: no prompt, a negative temperature or a top-p of 0")

@@ -68,7 +68,8 @@ class Settings:
     clip_low: float = setting(0.2, "the ratio is clipped below 1 minus this")
     clip_high: float = setting(0.28, "the ratio is clipped above 1 plus this")
     kl: float = setting(0.0, "weight of the k3 KL penalty to the base model")
-    micro_tokens: int = setting(4096, "tokens in memory at a time, which changes no gradient")
+    micro_tokens: int = setting(2048, "tokens in memory at a time, which changes no gradient")
+    checkpoint: bool = setting(False, "make activations again in the backward pass: less memory")
     # the run
     seed: int = setting(*FLAGS["seed"])
     device: str = setting(*FLAGS["device"])
@@ -81,7 +82,7 @@ class Settings:
 # ARCA, section 5, and from its released configuration: sharpening 2, AdamW's default betas.
 PAPER = dict(model="Qwen/Qwen3-1.7B-Base", data="math", eval_problems=200, steps=100, prompts=8)
 PAPER |= dict(samples=4, max_new_tokens=512, top_p=0.95, rank=64, alpha=128.0, sharpening=2.0)
-PAPER |= dict(lr=5e-6, warmup=10, beta2=0.999, seed=1337)
+PAPER |= dict(lr=5e-6, warmup=10, beta2=0.999, seed=1337, micro_tokens=8192)
 PRESETS = {"": {}, "paper": PAPER}
 
 
@@ -131,6 +132,7 @@ def lr_at(step, s: Settings):
 def main():
     s, resume = parse_settings()
     model, tokenizer = load_base(s)
+    model.checkpoint = s.checkpoint
     train, held_out, note = load_split(s, tokenizer)
     folder = run.open_run(s, resume)
     if resume:
@@ -164,7 +166,8 @@ def main():
 
         speed = metrics["completion_tokens"] / (ended - started)
         metrics = dict(step=step) | metrics | dict(lr=lr, tokens_per_second=speed)
-        metrics.update(seconds_rollout=sampled - started, seconds_update=ended - sampled)
+        metrics.update(seconds_rollout=sampled - started, seconds_verify=r.seconds_verify)
+        metrics["seconds_update"] = ended - sampled
         append(folder / "metrics.jsonl", metrics)
         history.append(metrics)
         run.show(bar, metrics, accuracy)

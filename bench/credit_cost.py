@@ -66,16 +66,23 @@ def authors_update(model, r, advantages, s):
     c, learns = r.completions, torch.ones(len(advantages), dtype=torch.bool)
     for rows in grpo.micro_batches(r, learns, s.micro_tokens):
         b = grpo.make_batch(r, rows, model.device)
-        logits = model.logits(model(b.ids)).float() / s.temperature  # (b, L, V)
+        prompts = [r.problems[i]["prompt"] for i in (rows // r.rewards.shape[1]).tolist()]
+        texts = [[*p, *y] for p, y in zip(prompts, c.tokens[rows].tolist(), strict=True)]
+        texts = [
+            torch.tensor(text[: len(text) - c.tokens.shape[1] + b.mask.shape[1]]) for text in texts
+        ]
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(model.device)
+        starts = torch.tensor([len(p) for p in prompts], device=model.device)[:, None]
+        at = (starts - 1 + torch.arange(b.mask.shape[1], device=model.device))[:, :, None]
+        logits = model.logits(model(ids)).float() / s.temperature  # (b, L, V)
         logps = torch.log_softmax(logits, dim=-1)
-        at = b.at[:, :, None]
         picked = logps.gather(1, at.expand(-1, -1, logps.shape[-1]))  # (b, T, V)
         picked = picked.gather(2, b.targets[:, :, None])[:, :, 0]
         with torch.no_grad():
-            adapted = model(b.ids)
+            adapted = model(ids)
             with adapter_off(model):
-                base = model(b.ids)
-            residual = (adapted - base).norm(dim=-1).gather(1, b.at) * b.mask
+                base = model(ids)
+            residual = (adapted - base).norm(dim=-1).gather(1, at[:, :, 0]) * b.mask
         w = residual / residual.sum(dim=1, keepdim=True).clamp(min=1e-8)
         A = advantages[rows, None].to(w.device)
         (-(A * w * picked * b.mask).sum() / len(c.lengths)).backward()

@@ -88,6 +88,7 @@ def flat_grad(loss, model):
 
 def close(a, b, relative):
     """Whether two vectors differ by at most this share of the second's norm."""
+    a, b = a.detach(), b.detach()
     return float((a - b).norm()) <= relative * float(b.norm()) and float(b.norm()) > 0
 
 

@@ -1,8 +1,10 @@
 """GRPO against enumeration, finite differences, closed forms and code that is slow and plain."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -22,6 +24,7 @@ import credit
 import grpo
 from lora import lora_parameters
 from model import UserError
+from plumbing.batches import padding
 
 PROMPTS = [[3, 5], [7, 2, 9, 4]]  # two groups, of unequal prompts
 COMPLETIONS = [[4, EOS], [6, 0, 0, 3, EOS], [5, 1, 8], [EOS]]  # 0 is a token, EOS and padding
@@ -116,54 +119,61 @@ def test_policy_gradient_is_that_of_the_expected_reward(aggregate, temperature):
 def test_plain_grpo_bit_for_bit():
     """`uniform` that is only nearly GRPO: its gradient must be the same bits, and m exactly 1."""
     model = tiny_model()
-    order = [3, 0, 2, 7, 5, 1, 4, 6]  # by size, as the update does: sums in the same order
+    order = [3, 7, 0, 5, 2, 4, 1, 6]  # by length, as the update does: sums in the same order
     r = rollout_of(model)
     A = advantages_of(r)
     got, _, m = gradient(model, r, A, settings())
     assert torch.equal(m, (torch.arange(6) < r.completions.lengths[:, None]).float())
 
-    # GRPO without credit, chunks, masks or batches of credit.py's making
-    pairs = [(PROMPTS[i // 4], COMPLETIONS[i]) for i in order]
-    ids = [torch.tensor(prompt + completion)[:-1] for prompt, completion in pairs]
-    hidden = model(torch.nn.utils.rnn.pad_sequence(ids, batch_first=True))
-    states = [h[len(x) - 1 : len(x) - 1 + len(y)] for h, (x, y) in zip(hidden, pairs, strict=True)]
-    logps = torch.log_softmax(model.lm_head(torch.cat(states)), dim=-1)
-    drawn = logps[range(TOKENS), [token for _, y in pairs for token in y]]
-    share = torch.tensor([1 / (8 * len(y)) for _, y in pairs for _ in y])
+    # GRPO without credit, chunks, masks or losses of our making
+    texts = [COMPLETIONS[i] for i in order]
+    states, _ = grpo.predicting_states(model, grpo.make_batch(r, torch.tensor(order), "cpu"))
+    states = torch.cat([h[: len(y)] for h, y in zip(states, texts, strict=True)])
+    share = torch.tensor([1 / (8 * len(y)) for y in texts for _ in y])
     per_token = torch.cat([A[i].expand(len(COMPLETIONS[i])) for i in order])
-    assert torch.equal(got, flat_grad(-(per_token * drawn * share).sum(), model))
+
+    def plain(states):
+        logps = torch.log_softmax(model.lm_head(states), dim=-1)
+        drawn = logps[range(TOKENS), [token for y in texts for token in y]]
+        return flat_grad(-(per_token * drawn * share).sum(), model)
+
+    assert torch.equal(got, plain(states))
+
+    # and, up to rounding, without a shared prompt
+    rows = [(PROMPTS[i // 4], COMPLETIONS[i]) for i in order]
+    alone = [model(torch.tensor([x + y])[:, :-1])[0, len(x) - 1 :] for x, y in rows]
+    assert close(got, plain(torch.cat(alone)), 1e-6)
 
 
-def test_every_completion_token_learns_and_nothing_else():
+def test_every_completion_token_learns_and_nothing_else(monkeypatch):
     """A mask by token id: EOS, which is also padding, would stop learning, or padding would learn.
 
     Each state's gradient is compared with the closed form -A / (B T) (W[y] - sum_v p_v W[v]).
     """
     model, kept = tiny_model(), []
+    states_of = grpo.predicting_states
 
-    def keep(module, inputs, output):
-        output.retain_grad()
-        kept.append(output)
+    def keep(*args):
+        states, compared = states_of(*args)
+        states.retain_grad()
+        kept.append(states)
+        return states, compared
 
+    monkeypatch.setattr(grpo, "predicting_states", keep)
     r = rollout_of(model)
     A, rows = advantages_of(r), torch.arange(8)
     per_row = 1 / (8 * r.completions.lengths)
-    handle = model.register_forward_hook(keep)
     known = grpo.given_signals(r, A)
     grpo.add_gradient(model, r, rows, known, None, per_row, settings(), set())
-    handle.remove()
-    got, W = kept[0].grad, model.lm_head.weight  # (8, L, D)
+    got, W = kept[0].grad, model.lm_head.weight  # (8, T, D)
     for row, completion in enumerate(COMPLETIONS):
         prompt, T = PROMPTS[row // 4], len(completion)
         _, _, states = reference(model, prompt, completion)
         p = (states @ W.T).softmax(-1)
         expected = -A[row] / (8 * T) * (W[completion] - p @ W)
-        first = len(prompt) - 1
-        assert torch.allclose(got[row, first : first + T], expected, atol=1e-6)
+        assert torch.allclose(got[row, :T], expected, atol=1e-6)
         assert expected[-1].norm() > 1e-3  # the last token, EOS where there is one, does learn
-        outside = torch.ones(got.shape[1], dtype=torch.bool)
-        outside[first : first + T] = False
-        assert (got[row, outside] == 0).all()
+        assert (got[row, T:] == 0).all()
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.5])
@@ -178,19 +188,59 @@ def test_micro_batches_change_nothing(method, aggregate, kl):
     for budget in (1, 20):
         part = gradient(model, r, advantages_of(r), settings(**options, micro_tokens=budget))
         assert close(part[0], whole[0], 1e-6)
+        part[1]["padding"] = whole[1]["padding"]  # which does depend on the batches
         assert part[1] == pytest.approx(whole[1], rel=1e-5, abs=1e-6)
         assert torch.allclose(part[2], whole[2], atol=1e-4)
 
 
 def test_micro_batches_hold_each_chosen_row_once():
-    """A row that is trained on twice, left out, or put in a batch over the budget."""
+    """A row that is trained on twice, left out, or put in a batch over the budget; or groups that
+    are not the cheapest of all."""
     r = rollout_of(tiny_model())
     chosen = torch.tensor([1, 1, 0, 1, 1, 1, 0, 1]).bool()
-    sizes = [len(PROMPTS[i // 4]) + len(c) for i, c in enumerate(COMPLETIONS)]
-    for budget in (1, 10, 15, 1000):
-        groups = [g.tolist() for g in grpo.micro_batches(r, chosen, budget)]
-        assert sorted(i for g in groups for i in g) == [0, 1, 3, 4, 5, 7]
-        assert all(len(g) == 1 or len(g) * max(sizes[i] for i in g) <= budget for g in groups)
+    rows = [3, 7, 0, 5, 4, 1]  # the chosen ones by length
+
+    def read(group):
+        prompts = {i // 4: len(PROMPTS[i // 4]) for i in group}
+        longest = max(len(COMPLETIONS[i]) for i in group)
+        return len(group) * longest + len(prompts) * max(prompts.values())
+
+    def cost(groups, each):
+        return sum(read(group) + each for group in groups)
+
+    for budget, each in itertools.product((1, 10, 15, 24, 1000), (0, 1, 5, 64)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("plumbing.batches.PASS", each)
+            groups = [g.tolist() for g in grpo.micro_batches(r, chosen, budget)]
+        assert [i for g in groups for i in g] == rows
+        assert all(len(g) == 1 or read(g) <= budget for g in groups)
+        ways = itertools.product((False, True), repeat=5)  # cut behind each row, or not
+        splits = [np.split(rows, np.flatnonzero(way) + 1) for way in ways]
+        fit = [s for s in splits if all(len(g) == 1 or read(g) <= budget for g in s)]
+        assert cost(groups, each) == min(cost(split, each) for split in fit)
+
+
+def test_padding_by_hand():
+    """A share of padding that leaves out the prompts, or counts tokens that no pass reads."""
+    r = rollout_of(tiny_model())  # prompts of 2 and 4 tokens, completions of 2 5 3 1, 4 2 6 1
+    groups = [torch.tensor([1, 6]), torch.tensor([0])]  # reads 2 x 4 + 2 x 5, and 2 + 1
+    assert padding(r, groups) == pytest.approx(1 - (2 + 4 + 4 + 5 + 2 + 1) / (8 + 10 + 2 + 1))
+
+
+def test_shared_prompts_equal_each_row_alone():
+    """A completion that sees another problem's prompt, its padding, or stands at a wrong place."""
+    model, r = tiny_model(), rollout_of(tiny_model())
+    for rows in ([0, 1, 2, 3, 4, 5, 6, 7], [6, 0, 5], [7], [3, 7]):
+        b = grpo.make_batch(r, torch.tensor(rows), "cpu")
+        for layer in ("final", "sum"):
+            states, compared = grpo.predicting_states(model, b, layer)
+            for i, row in enumerate(rows):
+                x, y, blocks = PROMPTS[row // 4], COMPLETIONS[row], []
+                alone = model(torch.tensor([x + y]), blocks=blocks)[0, len(x) - 1 : -1]
+                assert close(states[i, : len(y)], alone, 1e-5)
+                if layer == "sum":
+                    for got, want in zip(compared, blocks, strict=True):
+                        assert close(got[i, : len(y)], want[0, len(x) - 1 : -1], 1e-5)
 
 
 @pytest.mark.parametrize("aggregate", ["seq", "token"])
@@ -455,10 +505,10 @@ def test_arca_layers(layer):
         assert torch.allclose(known.residual[row, :n], expected[at], atol=1e-5)
 
 
-# rule: (passes through the trunk, of which through the head)
-PASSES = dict.fromkeys(credit.METHODS, (1, 1))
-PASSES |= dict.fromkeys(["arca", "permuted", "random"], (2, 1))
-PASSES |= dict.fromkeys(["divergence", "gcpo", "gcpo_linear"], (2, 2))
+# rule: (calls of the trunk, which are two a pass: prompts, completions; passes through the head)
+PASSES = dict.fromkeys(credit.METHODS, (2, 1))
+PASSES |= dict.fromkeys(["arca", "permuted", "random"], (4, 1))
+PASSES |= dict.fromkeys(["divergence", "gcpo", "gcpo_linear"], (4, 2))
 
 
 @pytest.mark.parametrize("method", credit.METHODS)
@@ -477,6 +527,26 @@ def test_passes_of_a_rule(method, monkeypatch):
     )
     gradient(model, r, advantages_of(r), settings(credit=method))
     assert (len(trunk), counted) == (PASSES[method][0], [PASSES[method][1]])
+
+
+@pytest.mark.parametrize("method", ["arca", "gcpo"])
+def test_checkpoint_saves_memory_and_changes_nothing(method):
+    """A checkpoint that keeps the activations after all, or recomputes them in another state: with
+    the adapter off, with another pass's prompts."""
+    model, s = tiny_model(), settings(credit=method, kl=0.1, micro_tokens=20)
+    r, kept = rollout_of(model), []
+
+    def pack(tensor):
+        kept[-1] += tensor.numel()
+        return tensor
+
+    results = []
+    for model.checkpoint in (False, True):
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            results.append(gradient(model, r, advantages_of(r), s))
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+    assert kept[1] < kept[0] / 3
 
 
 def test_arca_does_not_depend_on_the_scale_of_the_adapter():

@@ -17,7 +17,7 @@ from plumbing.files import run_cli
 from plumbing.run import open_run
 
 HOUSE = Path(__file__).parent.parent
-TIMING = {"seconds_rollout", "seconds_update", "tokens_per_second"}
+TIMING = {"seconds_rollout", "seconds_verify", "seconds_update", "tokens_per_second"}
 SMALL = "--steps 4 --prompts 3 --samples 3 --max-new-tokens 48 --eval-problems 8 --eval-samples 2"
 SMALL = f"{SMALL} --save-every 2".split()
 
