@@ -9,7 +9,6 @@ import sys
 import unicodedata
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 INDEX = "model.safetensors.index.json"  # which file of a sharded checkpoint holds what
@@ -42,7 +41,7 @@ def run_cli(main):
             if isinstance(error, RuntimeError) and "memory" not in line:
                 raise
             line = "out of memory: lower --micro-tokens, --samples, --prompts or --max-new-tokens"
-    print("error:", printable(line), file=sys.stderr)
+    print("error:", printable(line[:1000]), file=sys.stderr)
     sys.exit(2)
 
 
@@ -50,18 +49,15 @@ def hub_fault(error, repo, revision):
     """What an exception of huggingface_hub means, and what to do."""
     from huggingface_hub import constants, errors
 
+    way = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the network"
     said = {  # the first that fits; the classes are nested
         errors.GatedRepoError: "is gated: accept its terms on its page, then set HF_TOKEN",
         errors.RepositoryNotFoundError: "is private or not on the Hub: check the name and HF_TOKEN",
         errors.RevisionNotFoundError: f"has no revision {revision}: check --revision",
-        errors.IncompleteSnapshotError: "is only in part in the cache, and the Hub out of reach",
-        errors.LocalEntryNotFoundError: "is not in the cache, and the Hub out of reach",
+        errors.LocalEntryNotFoundError: f"is not all in the cache, and the Hub out of reach: {way}",
+        Exception: f"cannot be downloaded ({str(error)[:150]}): try again; whole files are kept",
     }
-    words = next((words for kind, words in said.items() if isinstance(error, kind)), None)
-    if words is None:
-        return f"cannot be downloaded ({str(error)[:150]}): try again; whole files are kept"
-    offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ": check the network"
-    return words + offline * words.endswith("out of reach")
+    return next(words for kind, words in said.items() if isinstance(error, kind))
 
 
 def hub_folder(repo, revision=None, needed=(), optional=(), kind="model") -> Path:
@@ -71,7 +67,7 @@ def hub_folder(repo, revision=None, needed=(), optional=(), kind="model") -> Pat
     or a needed file, each in its own words.
     """
     from httpx import TransportError
-    from huggingface_hub import errors, snapshot_download  # slow to import, and only needed here
+    from huggingface_hub import constants, errors, snapshot_download  # slow, and only needed here
 
     what = dict(repo_type=kind, revision=revision or None, allow_patterns=[*needed, *optional])
     try:
@@ -83,7 +79,8 @@ def hub_folder(repo, revision=None, needed=(), optional=(), kind="model") -> Pat
     except Exception as error:  # several libraries raise here
         raise UserError(f"{repo} {hub_fault(error, repo, revision)}") from None
     if absent := [name for name in needed if not any(folder.glob(name))]:
-        raise UserError(f"{repo} has no {absent[0]} (at {folder.name}): choose another")
+        where = " in the cache: go online" if constants.HF_HUB_OFFLINE else ": choose another"
+        raise UserError(f"{repo} has no {absent[0]} at {folder.name}{where}")
     return folder
 
 
@@ -159,7 +156,7 @@ def check_tensors(found: dict, expected: dict, folder):
         have, want = (tuple(d[name].shape) if name in d else "no such" for d in (found, expected))
         if have != want or not found[name].is_floating_point():
             raise UserError(f"{folder}: {have} tensor {name}, but {want} float expected")
-        if not all(x.isfinite() for x in torch.aminmax(found[name])):  # makes no copy
+        if not all(x.isfinite() for x in found[name].aminmax()):  # makes no copy
             raise UserError(f"{folder}: tensor {name} holds NaN or infinity: get the file again")
 
 
