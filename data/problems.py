@@ -27,19 +27,11 @@ CHATML = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 HUB = {
     "math": (
         "DigitalLearningGmbH/MATH-lighteval",
-        {"train": "data/train-*.parquet", "test": "data/test-*.parquet"},
-        ("problem", "solution", "level", "type"),
+        "data/{}-*.parquet",
+        "problem solution level type",
     ),
-    "math500": (
-        "HuggingFaceH4/MATH-500",
-        {"train": "test.jsonl", "test": "test.jsonl"},
-        ("problem", "answer", "level", "subject"),
-    ),
-    "gsm8k": (
-        "openai/gsm8k",
-        {"train": "main/train-*.parquet", "test": "main/test-*.parquet"},
-        ("question", "answer"),
-    ),
+    "math500": ("HuggingFaceH4/MATH-500", "test.jsonl", "problem answer level subject"),
+    "gsm8k": ("openai/gsm8k", "main/{}-*.parquet", "question answer"),
 }
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
@@ -118,7 +110,7 @@ def json_rows(path: Path) -> list[tuple]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
-                raise UserError(f"{path}, line {number} is not JSON: mend or remove it") from None
+                row = None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number} is no JSON object: mend or remove it")
             rows.append((row, f"{path}, line {number}"))
@@ -126,16 +118,14 @@ def json_rows(path: Path) -> list[tuple]:
 
 
 def parquet_rows(path: Path) -> list[tuple]:
-    """(dict, where it is) of a parquet file."""
+    """(dict, where it is) of a parquet file, which only the Hub's MATH and GSM8K are."""
     try:
-        import pyarrow.parquet  # only the Hub's MATH and GSM8K need it
+        from pyarrow.parquet import read_table
+
+        rows = read_table(path).to_pylist()
     except ImportError:
-        raise UserError(
-            f"{path.name} is a parquet file: pip install pyarrow, or give a JSONL file"
-        ) from None
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path.name}: pip install pyarrow, or give a JSONL file") from None
+    except Exception as error:  # several kinds
         raise UserError(f"{path} is damaged ({error}): get it again") from None
     return [(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
 
@@ -143,11 +133,11 @@ def parquet_rows(path: Path) -> list[tuple]:
 def hub_rows(name: str, split: str) -> list[tuple]:
     """(dict of the columns we read, where it is) of a split of a data set in HUB."""
     repo, files, columns = HUB[name]
-    folder = hub_folder(repo, needed=[files[split]], kind="dataset")
-    rows = []
-    for path in sorted(folder.glob(files[split])):
+    files, rows = files.format(split), []
+    folder = hub_folder(repo, needed=[files], kind="dataset")
+    for path in sorted(folder.glob(files)):
         rows += json_rows(path) if path.suffix == ".jsonl" else parquet_rows(path)
-    return [({key: row[key] for key in columns if key in row}, where) for row, where in rows]
+    return [({k: row[k] for k in columns.split() if k in row}, where) for row, where in rows]
 
 
 def load_problems(source: str, split="train") -> list[dict]:

@@ -31,9 +31,8 @@ def check_fit(tokenizer, model, name):
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{name}: tokenizer.json cannot encode a text ({error})") from None
     last = max([*tokenizer.file.get_vocab().values(), *made, *tokenizer.eos_ids])
-    if last >= model.config.vocab_size:
-        ids = f"an id {last}, the model has {model.config.vocab_size} embeddings"
-        raise UserError(f"{name}: the tokenizer or eos_token_id has {ids}: not of this model")
+    if last >= (n := model.config.vocab_size):
+        raise UserError(f"{name}: tokenizer or eos_token_id has an id {last}, the model {n} tokens")
 
 
 def load_base(s):

@@ -324,7 +324,8 @@ def data_file(row, name, tmp_path):
 def publish(hub, name, tmp_path):
     """Put a data set on the server, each split in one file beside files that are not ours."""
     repo, files, _ = HUB[name]
-    paths = {split: files[split].replace("*", "00000-of-00001") for split in files}
+    files = files.replace("*", "00000-of-00001")
+    paths = {split: files.format(split) for split in ("train", "test")}
     said = {"README.md": b"", "other/train-00000.parquet": b""}
     for split, path in paths.items():
         said[path] = data_file(SETS[name][0] | dict(level=split), path, tmp_path)
@@ -363,7 +364,7 @@ def test_data_faults(hub, tmp_path):
     [absent, plain] = read(
         hub, tmp_path, ["data", "math", "test"], ["data", "math500", "test"], code=code
     )
-    assert absent == "test-0.parquet is a parquet file: pip install pyarrow, or give a JSONL file"
+    assert absent == "test-0.parquet: pip install pyarrow, or give a JSONL file"
     assert plain[0]["answer"] == "3"
     gone = dict(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "none"))
     [error] = read(hub, tmp_path, ["data", "math500", "test"], **gone)

@@ -417,7 +417,7 @@ def test_a_tokenizer_of_another_model_is_refused(scratch):
     edit_json(scratch / "generation_config.json", eos_token_id=[2, 310])
     load()  # the last embedding, which the tokenizer does not use
     edit_json(scratch / "generation_config.json", eos_token_id=[2, 311])
-    with pytest.raises(UserError, match="an id 311, the model has 311 embeddings"):
+    with pytest.raises(UserError, match="an id 311, the model 311 tokens"):
         load()
     edit_json(scratch / "generation_config.json", eos_token_id=2)
     path = scratch / "tokenizer.json"
