@@ -8,6 +8,7 @@ import ast
 import contextlib
 import copy
 import json
+import os
 import pickle
 import re
 import resource
@@ -70,6 +71,8 @@ DEEP = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
 @pytest.fixture
 def little_memory():
     """More than ROOM cannot be allocated, so a blow-up is a MemoryError, which no test allows."""
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("needs Linux")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
