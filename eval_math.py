@@ -15,7 +15,7 @@ from pathlib import Path
 from data.problems import last_boxed, load_problems, prompt_text
 from plumbing.answers import NORMAL, compare, read_answers, write_answers
 from plumbing.cli import add_flags, load_base
-from plumbing.files import UserError, run_cli
+from plumbing.files import UserError, printable, run_cli
 from sample import generate
 from verifier.compare import same_answer
 
@@ -143,7 +143,7 @@ def print_groups(rows):
         for value in sorted({str(row[name]) for row in rows if name in row}) if name else [""]:
             hits = [row["verdict"] for row in rows if not name or str(row.get(name)) == value]
             rate = dict(x=sum(hits) / len(hits), x_95=wilson(sum(hits) / len(hits), len(hits)))
-            label = f"  {name} {value:24}" if name else "right"
+            label = f"  {name} {printable(value):24}" if name else "right"
             print(f"{label} {sum(hits)} of {len(hits)}: {with_interval(rate, 'x')}")
 
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from plumbing.files import UserError, check_tensors, read_json, read_tensors
+from plumbing.files import UserError, check_size, check_tensors, checked, read_json, read_tensors
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # what PEFT puts before each of our names
@@ -24,6 +24,7 @@ PREFIX = "base_model.model."  # what PEFT puts before each of our names
 UNSUPPORTED = ["use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"]
 UNSUPPORTED += ["lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens"]
 UNSUPPORTED += ["trainable_token_indices"]
+DEFAULTS = dict(r=8, lora_alpha=8.0, lora_dropout=0.0, use_rslora=False, bias="none")  # PEFT's
 
 
 class LoRALinear(nn.Module):
@@ -127,20 +128,22 @@ def load_adapter(model, folder):
     The tensors say which layers are adapted, so every form of target_modules works. UserError on a
     damaged adapter, another model's, or one with a feature of PEFT that we do not compute.
     """
-    config, path = read_json(Path(folder) / "adapter_config.json"), Path(folder)
+    kinds = {name: type(value) for name, value in DEFAULTS.items()}
+    config = DEFAULTS | checked(read_json(Path(folder) / "adapter_config.json"), folder, **kinds)
     asks = [key for key in UNSUPPORTED if config.get(key)]
-    asks += ["bias"] * (config.get("bias", "none") != "none")
+    asks += ["bias"] * (config["bias"] != "none") + ["lora_dropout"] * (config["lora_dropout"] > 1)
     asks += ["peft_type"] * (config.get("peft_type") != "LORA")
-    if config.get("init_lora_weights", True) not in (None, True, False, "gaussian", "orthogonal"):
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
         asks.append("init_lora_weights")  # such as pissa, which alters the base
     if asks:
         raise UserError(f"{folder}: {asks[0]} = {config.get(asks[0])!r} is not supported")
-    tensors, _ = read_tensors(path / "adapter_model.safetensors")
+    tensors, _ = read_tensors(Path(folder) / "adapter_model.safetensors")
     names = sorted({name.removeprefix(PREFIX).rsplit(".", 2)[0] for name in tensors})
     if wrong := set(names) - set(linear_layers(model)):
         raise UserError(f"{folder} adapts {min(wrong)}, which is no plain layer of this model")
-    dropout, rslora = config.get("lora_dropout", 0.0), bool(config.get("use_rslora"))
-    attach(model, names, config.get("r", 8), config.get("lora_alpha", 8), dropout, rslora)
+    rank, alpha, dropout, rslora, _ = (config[name] for name in DEFAULTS)
+    check_size(tensors, rank * sum(sum(model.get_submodule(n).weight.shape) for n in names), folder)
+    attach(model, names, rank, alpha, dropout, rslora)
     ours = lora_parameters(model)
     check_tensors(tensors, ours, folder)
     for name, parameter in ours.items():

@@ -18,10 +18,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer as TokenizerFile
 from torch.utils.checkpoint import checkpoint
 
-from plumbing.files import UserError, check_tensors, hub_folder, read_json, read_tensors
+from plumbing.files import UserError, check_tensors, checked, hub_model, read_json, read_weights
 
-INDEX = "model.safetensors.index.json"  # which file of a sharded checkpoint holds what
-HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "model*.safetensors", INDEX]
 FAMILIES = dict(qwen3=(False, True), qwen2=(True, False), llama=(False, False))  # bias, norm
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -47,11 +45,16 @@ class Config:
     @classmethod
     def from_dict(cls, raw: dict) -> "Config":
         """From a parsed config.json. UserError, by name, on all that we would compute wrongly."""
+        kinds = {f.name: f.type for f in fields(cls)} | dict(model_type=str, hidden_act=str)
+        kinds |= dict(rope_parameters=dict, rope_scaling=dict, layer_types=list)
+        kinds |= dict(use_sliding_window=bool, attention_bias=bool)
+        raw = checked(raw, "config.json", **kinds)
         family, heads = raw.get("model_type"), raw.get("num_attention_heads") or 1
         if family not in FAMILIES:
             raise UserError(f"model_type {family!r} is not supported: use {', '.join(FAMILIES)}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, 4
-        layers, act = raw.get("layer_types") or (), raw.get("hidden_act", "silu")
+        rope = checked(rope, "config.json", rope_theta=float)
+        layers, act = raw.get("layer_types", ()), raw.get("hidden_act", "silu")
         refused = {
             "rope scaling": (rope.get("rope_type") or rope.get("type", "default")) != "default",
             "a sliding window": raw.get("use_sliding_window") or "sliding_attention" in layers,
@@ -69,8 +72,9 @@ class Config:
         c["head_dim"] = c["head_dim"] or width
         if absent := [name for name, value in c.items() if not (value or value is False)]:
             raise UserError(f"config.json has no {absent[0]}: is it a {family} checkpoint's?")
-        if heads % c["num_key_value_heads"] or c["head_dim"] % 2:
-            raise UserError("config.json: key-value heads must divide heads, head_dim must be even")
+        if heads % c["num_key_value_heads"] or c["head_dim"] % 2 or c["num_hidden_layers"] > 1000:
+            limits = "key-value heads must divide heads, head_dim be even, layers be at most 1,000"
+            raise UserError(f"config.json: {limits}")
         return cls(**c)
 
 
@@ -256,17 +260,7 @@ def checkpoint_folder(path_or_id, revision=None) -> Path:
         return Path(name)
     if name.count("/") != 1 or name[0] in "./~" or Path(name).exists():
         raise UserError(f"no model folder {name}: give one, or a Hub id such as Qwen/Qwen3-0.6B")
-    return hub_folder(name, revision, allow_patterns=HUB_FILES)
-
-
-def read_weights(folder: Path) -> dict:
-    """The tensors of single-file or sharded safetensors by name."""
-    files, state = ["model.safetensors"], {}
-    if (folder / INDEX).exists():
-        files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-    for file in files:
-        state.update(read_tensors(folder / file)[0])
-    return state
+    return hub_model(name, revision)
 
 
 def load_model(path_or_id, device="cpu", dtype=None, revision=None) -> Qwen3:
@@ -297,7 +291,8 @@ class Tokenizer:
     eos_ids: list[int]
 
     def encode(self, text: str) -> list[int]:
-        return self.file.encode(text).ids
+        # Half of a surrogate pair (JSON can say one) has no bytes: it becomes a question mark.
+        return self.file.encode(text.encode("utf-8", "replace").decode()).ids
 
     def decode(self, ids) -> str:
         """The text of ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
@@ -310,12 +305,13 @@ def load_tokenizer(path_or_id, revision=None) -> Tokenizer:
     files = [folder / name for name in ("generation_config.json", "config.json")]
     said = [read_json(file).get("eos_token_id") for file in files if file.exists()]
     eos = next((ids for ids in said if ids is not None), None)
-    if eos is None:
-        raise UserError(f"{folder}: no eos_token_id in config.json or generation_config.json")
+    eos = [eos] if type(eos) is int else eos
+    if not isinstance(eos, list) or not eos or any(type(i) is not int or i < 0 for i in eos):
+        raise UserError(f"{folder}: config.json and generation_config.json hold no eos_token_id")
     try:
         file = TokenizerFile.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
     file.no_truncation()  # neither is part of what a text's tokens are
     file.no_padding()
-    return Tokenizer(file, [eos] if isinstance(eos, int) else list(eos))
+    return Tokenizer(file, eos)

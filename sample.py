@@ -25,7 +25,7 @@ from data.problems import load_problems, prompt_text
 from model import KVCache
 from plumbing.cli import add_flags, load_base
 from plumbing.decoder import Decoder
-from plumbing.files import UserError, run_cli
+from plumbing.files import UserError, printable, run_cli
 
 CACHE = 2**31  # numbers: 4 GiB in bf16
 BLOCK = 4  # tokens between two looks at which rows have ended; on a GPU each look is a wait
@@ -222,7 +222,8 @@ def main():
     for p in problems[: s.problems]:
         prompt = tokenizer.encode(prompt_text(p["problem"], s.chat))
         for sample in range(s.samples):
-            print(f"\n{p['problem']}" + (f"  (gold: {p['answer']})" if "answer" in p else ""))
+            gold = f"  (gold: {p['answer']})" if "answer" in p else ""
+            print(printable(f"\n{p['problem']}{gold}"))
             u = uniforms(s.seed, 0, prompt, sample, s.max_new_tokens)[None]
             ids, shown, stop = [], "", tokenizer.eos_ids
             cuts = (s.temperature, s.top_p, s.top_k)
@@ -230,7 +231,7 @@ def main():
                 ids.append(int(drawn["tokens"]))
                 text = tokenizer.decode([i for i in ids if i not in stop])
                 if not text.endswith("\ufffd"):  # half of a character: wait for the rest
-                    print(text[len(shown) :], end="", flush=True)
+                    print(printable(text[len(shown) :]), end="", flush=True)
                     shown = text
             count += len(ids)
             print()

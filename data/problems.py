@@ -5,8 +5,10 @@ JSONL file, the embedded set (`tiny`) or the Hub (`math`, `math500`, `gsm8k`).
 """
 
 import json
+import math
 import random
 import re
+import unicodedata
 from pathlib import Path
 
 from plumbing.files import UserError, hub_folder
@@ -21,14 +23,15 @@ PROMPT = (
 NEGATIVE = PROMPT.replace("{problem}", "{problem}, but generate the wrong answer")
 # A turn of Qwen's and SmolLM2's chat models.
 CHATML = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-# name: repository, and the files of each split
+# name: repository on the Hub, the files of a split, and the columns that we read
 HUB = {
     "math": (
         "DigitalLearningGmbH/MATH-lighteval",
-        {"train": "data/train-*", "test": "data/test-*"},
+        "data/{}-*.parquet",
+        "problem solution level type",
     ),
-    "math500": ("HuggingFaceH4/MATH-500", {"train": "test.jsonl", "test": "test.jsonl"}),
-    "gsm8k": ("openai/gsm8k", {"train": "main/train-*", "test": "main/test-*"}),
+    "math500": ("HuggingFaceH4/MATH-500", "test.jsonl", "problem answer level subject"),
+    "gsm8k": ("openai/gsm8k", "main/{}-*.parquet", "question answer"),
 }
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
@@ -74,17 +77,20 @@ def held(text: str, start: int) -> str | None:
 
 
 def gold_answer(row: dict) -> str | None:
-    """Its `answer` (in GSM8K what follows ####), or else the last box of its `solution`."""
+    """Its `answer` (in GSM8K what follows ####), or else the last box of its `solution`; None if
+    there is neither, or an answer that is no text and no number."""
     answer = row.get("answer")
     if answer is None:
         return last_boxed(str(row.get("solution", "")))
+    number = type(answer) in (int, float) and abs(answer) < math.inf
+    if not number and not isinstance(answer, str):
+        return None
     return str(answer).split("####")[-1].strip()
 
 
-def as_problem(row, where: str) -> dict:
+def as_problem(row: dict, where: str) -> dict:
     """A row of any data set as a problem; UserError says where the row is that is none."""
-    text = row.get("problem", row.get("question")) if isinstance(row, dict) else None
-    answer = gold_answer(row) if isinstance(row, dict) else None
+    text, answer = row.get("problem", row.get("question")), gold_answer(row)
     if not isinstance(text, str) or not text.strip() or answer is None:
         raise UserError(
             f"{where} is not a problem: it needs `problem`, and `answer` or a boxed `solution`"
@@ -93,7 +99,7 @@ def as_problem(row, where: str) -> dict:
 
 
 def json_rows(path: Path) -> list[tuple]:
-    """(row, where it is) of a JSONL file; UserError says what is no JSON."""
+    """(object, where it is) of a JSONL file; UserError says which line holds none."""
     rows = []
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -102,41 +108,49 @@ def json_rows(path: Path) -> list[tuple]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would split at U+2028 too
         if line.strip():
             try:
-                rows.append((json.loads(line), f"{path}, line {number}"))
+                row = json.loads(line)
             except (ValueError, RecursionError):
-                raise UserError(f"{path}, line {number} is not JSON: mend or remove it") from None
+                row = None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number} is no JSON object: mend or remove it")
+            rows.append((row, f"{path}, line {number}"))
     return rows
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    return [as_problem(row, where) for row, where in json_rows(path)]
-
-
-def read_parquet(path: Path) -> list[dict]:
+def parquet_rows(path: Path) -> list[tuple]:
+    """(dict, where it is) of a parquet file, which only the Hub's MATH and GSM8K are."""
     try:
-        import pyarrow.parquet  # only the Hub's MATH and GSM8K need it
+        from pyarrow.parquet import read_table
+
+        rows = read_table(path).to_pylist()
     except ImportError:
-        raise UserError(
-            f"{path.name} is a parquet file: pip install pyarrow, or give a JSONL file"
-        ) from None
-    rows = pyarrow.parquet.read_table(path).to_pylist()
-    return [as_problem(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
+        raise UserError(f"{path.name}: pip install pyarrow, or give a JSONL file") from None
+    except Exception as error:  # several kinds
+        raise UserError(f"{path} is damaged ({error}): get it again") from None
+    return [(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
+
+
+def hub_rows(name: str, split: str) -> list[tuple]:
+    """(dict of the columns we read, where it is) of a split of a data set in HUB."""
+    repo, files, columns = HUB[name]
+    files, rows = files.format(split), []
+    folder = hub_folder(repo, needed=[files], kind="dataset")
+    for path in sorted(folder.glob(files)):
+        rows += json_rows(path) if path.suffix == ".jsonl" else parquet_rows(path)
+    return [({k: row[k] for k in columns.split() if k in row}, where) for row, where in rows]
 
 
 def load_problems(source: str, split="train") -> list[dict]:
     """The problems of `tiny`, `math`, `math500` or `gsm8k` in a split, or of a JSONL file."""
-    if source == "tiny":
-        problems = read_jsonl(TINY / f"{split}.jsonl")
-    elif source in HUB:
-        repo, patterns = HUB[source]
-        folder = hub_folder(repo, repo_type="dataset", allow_patterns=[patterns[split]])
-        problems = []
-        for path in sorted(folder.glob(patterns[split])):
-            problems += read_jsonl(path) if path.suffix == ".jsonl" else read_parquet(path)
+    if source in HUB:
+        rows = hub_rows(source, split)
+    elif source == "tiny":
+        rows = json_rows(TINY / f"{split}.jsonl")
     elif Path(source).is_file():
-        problems = read_jsonl(Path(source))
+        rows = json_rows(Path(source))
     else:
         raise UserError(f"no data {source}: give a JSONL file, or one of tiny, {', '.join(HUB)}")
+    problems = [as_problem(row, where) for row, where in rows]
     gradable = [p for p in problems if p["answer"]]  # two of MATH's solutions end in an empty box
     if not gradable:
         raise UserError(f"{source} holds no problems: give another file")
@@ -150,6 +164,11 @@ def add_prompts(p: dict, tokenizer, chat=False):
     p["prompt"] = tokenizer.encode(prompt_text(p["problem"], chat))
     p["negative"] = tokenizer.encode(prompt_text(p["problem"], chat, NEGATIVE))
     return p
+
+
+def same_text(problem: str) -> str:
+    """What two problems share that differ in spacing, case or forms of a character only."""
+    return "".join(unicodedata.normalize("NFKC", problem).casefold().split())
 
 
 def load_split(s, tokenizer):
@@ -169,14 +188,17 @@ def load_split(s, tokenizer):
     for p in train + test:
         add_prompts(p, tokenizer, s.chat)
     fits = [[p for p in ps if len(p["prompt"]) <= s.max_prompt_tokens] for ps in (train, test)]
+    long = [len(ps) - len(short) for ps, short in zip((train, test), fits, strict=True)]
     test = fits[1][: s.eval_problems]
-    seen = {p["problem"].strip() for p in test}
-    usable = [p for p in fits[0] if p["problem"].strip() not in seen]
+    seen = {same_text(p["problem"]) for p in test}
+    usable = [p for p in fits[0] if same_text(p["problem"]) not in seen]
+    left_out = f"{long[0]} too long, {len(fits[0]) - len(usable)} evaluated on"
     if not usable or not test:
         flags = "--data, --eval-data and --max-prompt-tokens"
-        raise UserError(f"no problem is left to train or to evaluate on: check {flags}")
-    left_out = f"{len(train) - len(fits[0])} too long, {len(fits[0]) - len(usable)} evaluated on"
-    return usable, test, f"{len(usable)} problems (left out: {left_out})"
+        counts = f"{left_out}; to evaluate on {long[1]} too long"
+        raise UserError(f"no problem is left to train or to evaluate on ({counts}): check {flags}")
+    held_out = f", {long[1]} too long to evaluate on" if long[1] else ""
+    return usable, test, f"{len(usable)} problems (left out: {left_out}{held_out})"
 
 
 def problems_of_step(problems, count, seed, step):

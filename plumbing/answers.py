@@ -15,7 +15,7 @@ def read_answers(path: str, *keys: str) -> list[dict]:
     """The rows of a JSONL file; UserError says which line has not all of these keys."""
     rows = json_rows(Path(path))
     for row, where in rows:
-        if not isinstance(row, dict) or not all(key in row for key in keys):
+        if not all(key in row for key in keys):
             raise UserError(f"{where} is no graded answer: it needs {', '.join(keys)}")
     if not rows:
         raise UserError(f"{path} holds no answers: give another file")
@@ -58,7 +58,8 @@ def compare(first: str, second: str) -> str:
     for path in (first, second):
         rows = read_answers(path, "gold", "completion", "verdict")
         rows = [row for row in rows if row.get("sample") is None]
-        greedy.append({(row.get("problem"), row["gold"]): bool(row["verdict"]) for row in rows})
+        pairs = ((str(row.get("problem")), str(row["gold"])) for row in rows)
+        greedy.append({pair: bool(row["verdict"]) for pair, row in zip(pairs, rows, strict=True)})
     a, b = greedy
     shared = a.keys() & b.keys()
     if not shared:

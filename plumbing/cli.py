@@ -2,9 +2,9 @@
 
 import torch
 
-from data.problems import TINY
+from data.problems import TINY, prompt_text
 from lora import load_adapter
-from model import load_model, load_tokenizer
+from model import checkpoint_folder, load_model, load_tokenizer
 from plumbing.files import UserError
 
 FLAGS = dict(model=(str(TINY), "a checkpoint folder or a Hub id"))  # name: (default, help)
@@ -24,6 +24,17 @@ def add_flags(parser, flags):
         parser.add_argument(flag, type=type(default), default=default, help=text)
 
 
+def check_fit(tokenizer, model, name):
+    """UserError if the tokenizer cannot encode, or has an id that the model has no embedding of."""
+    try:
+        made = tokenizer.encode(prompt_text("0 \U0010fffd"))  # of a sign that is in no vocabulary
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"{name}: tokenizer.json cannot encode a text ({error})") from None
+    last = max([*tokenizer.file.get_vocab().values(), *made, *tokenizer.eos_ids])
+    if last >= (n := model.config.vocab_size):
+        raise UserError(f"{name}: tokenizer or eos_token_id has an id {last}, the model {n} tokens")
+
+
 def load_base(s):
     """The frozen model and tokenizer that these flags, or the Settings of train.py, ask for."""
     dtypes = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
@@ -35,10 +46,9 @@ def load_base(s):
         raise UserError(f"no device {device} here: use --device cpu") from None
     if s.dtype not in dtypes:
         raise UserError(f"no dtype {s.dtype!r}: use one of {', '.join(dtypes)}")
-    tokenizer = load_tokenizer(s.model, s.revision)
-    model = load_model(s.model, device, dtypes[s.dtype], s.revision)
-    if tokenizer.file.get_vocab_size() > model.config.vocab_size:
-        raise UserError(f"{s.model}: the tokenizer has more tokens than the model's vocabulary")
+    folder = checkpoint_folder(s.model, s.revision)
+    tokenizer, model = load_tokenizer(folder), load_model(folder, device, dtypes[s.dtype])
+    check_fit(tokenizer, model, s.model)
     if s.chat and tokenizer.file.token_to_id("<|im_start|>") is None:
         raise UserError("--chat: this tokenizer has no <|im_start|>, so the model knows no ChatML")
     if getattr(s, "adapter", ""):

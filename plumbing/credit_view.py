@@ -8,8 +8,6 @@ there is to show of the completions of one problem (of one step).
 import argparse
 import json
 import math
-import sys
-import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from data.problems import add_prompts, load_problems, problems_of_step
 from plumbing.cli import add_flags, load_base
 from plumbing.credit_draw import figure, page, show_all, show_own
 from plumbing.diagnostics import CLASSES, rank_correlation, token_classes
-from plumbing.files import UserError, read_json
+from plumbing.files import UserError, printable, read_json
 from plumbing.run import sample_rows
 
 # ---- Samples -------------------------------------------------------------------------------------
@@ -102,11 +100,8 @@ def read_samples(folder):
 
 
 def clean(text):
-    """Text from a model, fit for any screen: what would steer a terminal, reorder the line or break
-    it is replaced by a sign that stands for it."""
-    signs = {"\n": "↵", "\t": "⇥", "\r": "↵"}
-    bad = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-    return "".join(signs.get(c, "�" if unicodedata.category(c) in bad else c) for c in text)
+    """Text from a model, fit for one line of any screen."""
+    return printable(text, {"\n": "↵", "\t": "⇥", "\r": "↵"})
 
 
 def plain(x):
@@ -188,7 +183,6 @@ def parse_flags():
 
 def main():
     s = parse_flags()
-    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows a ? for what it lacks
     samples = read_samples(s.run) if s.run else draw_samples(s)
     names = [name for name in samples[0]["rules"] if all(name in x["rules"] for x in samples)]
     for x in samples:  # a run that was resumed may have got another rule on the way

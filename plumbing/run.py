@@ -15,7 +15,7 @@ from tqdm import tqdm
 from credit import METHODS, token_weights
 from eval_math import evaluate, rates, with_interval
 from lora import lora_parameters, save_adapter
-from plumbing.files import UserError, append, read_rows, read_tensors
+from plumbing.files import UserError, append, printable, read_rows, read_tensors
 
 # ---- The run folder ------------------------------------------------------------------------------
 
@@ -114,8 +114,9 @@ def keep_samples(r, known, s, tokenizer, step, folder):
     chosen = [mixed + int(i) for value in (0, 1) for i in (rewards == value).nonzero()[:1, 0]]
     for sample in sample_rows(r, chosen, known, s, tokenizer):
         append(folder / "samples.jsonl", dict(step=step) | sample)
-    tqdm.write(f"step {step:4d}  {sample['problem']}  (gold {sample['gold']})")
-    tqdm.write(f"  reward {sample['reward']:g}: {' '.join(sample['text'].split())[:300]}")
+    tqdm.write(printable(f"step {step:4d}  {sample['problem']}  (gold {sample['gold']})"))
+    text = printable(" ".join(sample["text"].split())[:300])
+    tqdm.write(f"  reward {sample['reward']:g}: {text}")
 
 
 def show(bar, metrics, accuracy):

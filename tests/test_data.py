@@ -6,11 +6,12 @@ import random
 import re
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from data import generate as gen
-from data.problems import last_boxed, load_problems, prompt_text
+from data.problems import last_boxed, load_problems, load_split, prompt_text
 from model import UserError
 
 TINY = Path(__file__).parent.parent / "data" / "tiny"
@@ -51,7 +52,9 @@ def test_every_form_of_a_row(tmp_path):
     "line",
     ["{", "nonsense", "[1, 2]", '"problem"', "null", "{}", '{"problem": "a"}', '{"answer": "1"}']
     + ['{"problem": "", "answer": "1"}', '{"problem": "a", "answer": null}']
-    + ['{"problem": 3, "answer": "1"}', r'{"problem": "a", "solution": "\\boxed{1"}'],
+    + ['{"problem": 3, "answer": "1"}', r'{"problem": "a", "solution": "\\boxed{1"}']
+    + ['{"problem": "a", "answer": NaN}', '{"problem": "a", "answer": [1]}', "[" * 100_000]
+    + ['{"problem": "a", "answer": true}', '{"problem": "a", "answer": 1e999}', '{"problem": "a'],
 )
 def test_a_bad_line_is_named(tmp_path, line):
     """A traceback, a silent skip, or a search for the bad line among 12,000."""
@@ -83,6 +86,55 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(UserError, match=r"binary\.jsonl cannot be read"):
         load_problems(str(tmp_path / "binary.jsonl"))
+
+
+class Letters:
+    """A tokenizer: a token a character."""
+
+    def encode(self, text):
+        return list(map(ord, text))
+
+
+def split(tmp_path, train, test, limit=10**6, problems=100):
+    """load_split of problem texts in two files: (texts, held-out texts, note)."""
+    names = []
+    for name, texts in (("train.jsonl", train), ("test.jsonl", test)):
+        lines = [json.dumps(dict(problem=text, answer="1")) for text in texts]
+        (tmp_path / name).write_text("\n".join(lines))
+        names.append(str(tmp_path / name))
+    s = dict(data=names[0], eval_data=names[1], chat=False, max_prompt_tokens=limit)
+    found = load_split(SimpleNamespace(**s, eval_problems=problems), Letters())
+    return [p["problem"] for p in found[0]], [p["problem"] for p in found[1]], found[2]
+
+
+def test_what_is_evaluated_is_not_trained_on(tmp_path):
+    """The test set in the training set under another spacing, case or form of a sign. Signs that
+    mean something must not be lost: then most problems would look alike."""
+    train = [
+        " What is  $x + 1$?\n",
+        "what is $x+1$?",
+        "What is $x-1$?",
+        "what is $x+1$",
+        "1½",
+        "1 2",
+    ]
+    test = ["What is $x+1$?", "1\u00bd", "x"]
+    kept, held_out, note = split(tmp_path, train, test)
+    assert kept == ["What is $x-1$?", "what is $x+1$", "1 2"] and held_out == test
+    assert note == "3 problems (left out: 0 too long, 3 evaluated on)"
+    kept, _, note = split(tmp_path, train, test[::-1], problems=1)  # only x is evaluated on
+    assert kept == train and "0 evaluated on" in note
+
+
+def test_long_problems_are_counted(tmp_path):
+    """Cut off, a problem would be another one; left out in silence, the test set another one."""
+    room = len(prompt_text("123"))
+    train, test = ["123", "1234", "12", "12345"], ["3", "4444", "5"]
+    kept, held_out, note = split(tmp_path, train, test, room)
+    assert (kept, held_out) == (["123", "12"], ["3", "5"])
+    assert note == "2 problems (left out: 2 too long, 0 evaluated on, 1 too long to evaluate on)"
+    with pytest.raises(UserError, match=r"4 too long, 0 evaluated on; to evaluate on 3 too long"):
+        split(tmp_path, train, test, room - 3)
 
 
 def test_prompt():

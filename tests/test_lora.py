@@ -269,6 +269,10 @@ def test_adapter_of_another_model_is_refused(base, tmp_path, changes, message):
         load_adapter(load_model(base[1]), tmp_path)
 
 
+def change(path, function):
+    save_file({name: function(t) for name, t in load_file(path).items()}, path)
+
+
 def drop_tensor(folder):
     tensors = load_file(folder / WEIGHTS)
     del tensors[max(tensors)]
@@ -287,8 +291,17 @@ def drop_tensor(folder):
         (lambda f: edit_json(f / CONFIG, peft_type="LOHA"), "LOHA"),
         (lambda f: edit_json(f / CONFIG, r=4), "lora_[AB]"),
         (lambda f: edit_json(f / CONFIG, drop=["r"]), "lora_[AB]"),  # 8
+        (lambda f: edit_json(f / CONFIG, r=2), "lora_[AB]"),
+        (lambda f: edit_json(f / CONFIG, r=0), "lora_A or lora_B is missing"),
+        (lambda f: edit_json(f / CONFIG, r=2**20), "lora_A or lora_B is missing"),  # 500 GB
+        (lambda f: edit_json(f / CONFIG, r="3"), "r should be of type int, not str"),
+        (lambda f: edit_json(f / CONFIG, lora_alpha=float("inf")), "lora_alpha = inf"),
+        (lambda f: edit_json(f / CONFIG, lora_dropout=1.5), "lora_dropout = 1.5"),
+        (lambda f: save_file({}, f / WEIGHTS), "lora_A or lora_B is missing"),
+        (lambda f: change(f / WEIGHTS, lambda t: t * float("nan")), "NaN"),
+        (lambda f: change(f / WEIGHTS, torch.Tensor.int), "float expected"),
     ],
-    ids=["weights", "config", "cut", "empty", "json", "tensor", "kind", "other-r", "no-r"],
+    ids=str,
 )
 def test_damaged_adapters_are_refused(base, tmp_path, harm, message):
     """A half-written adapter must be an error of one line, and never load in part."""

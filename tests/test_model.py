@@ -1,9 +1,11 @@
 """model.py against transformers: the same logits, greedy tokens and text, from the same folders."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from model import Config, KVCache, Qwen3, UserError, load_model, load_tokenizer
+from plumbing.cli import load_base
 from plumbing.files import run_cli
 from sample import generate
 
@@ -207,6 +210,9 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ("model.embed_tokens.weight", None, "embed_tokens|lm_head"),
         (UP, torch.ones(40, 56), UP),
         (UP, torch.ones(56, 40, dtype=torch.int8), UP),
+        (UP, torch.ones(56, 40).index_fill(0, torch.tensor(7), float("nan")), "NaN"),
+        (UP, torch.ones(56, 40).half().fill_(float("inf")), "infinity"),  # as after a flipped bit
+        ("lm_head.weight", torch.ones(311, 40, dtype=torch.int8), "lm_head"),
         ("lm_head.weight", torch.ones(311, 40), "lm_head"),  # tied, so it must be the embedding
     ],
 )
@@ -268,6 +274,20 @@ OLDER = dict(rope_parameters=None, rope_theta=500.0)
         ("qwen3", dict(hidden_act="gelu"), "gelu"),
         ("qwen3", dict(hidden_size=None), "hidden_size"),
         ("qwen3", dict(rope_parameters=None), "rope_theta"),
+        ("qwen3", dict(num_attention_heads="4"), "num_attention_heads should be of type int"),
+        ("qwen3", dict(hidden_size=40.0), "hidden_size should be of type int, not float"),
+        ("qwen3", dict(num_hidden_layers=True), "num_hidden_layers should be of type int"),
+        ("qwen3", dict(vocab_size=-311), "vocab_size = -311 is out of range"),
+        ("qwen3", dict(vocab_size=10**12), "vocab_size = 1000000000000 is out of range"),
+        ("qwen3", dict(vocab_size=2**20), "embed_tokens|lm_head"),
+        ("qwen3", dict(num_hidden_layers=2**20), "layers be at most 1,000"),
+        ("qwen3", dict(num_hidden_layers=100), "model.layers.10.input_layernorm"),
+        ("qwen3", dict(num_attention_heads=2**20, hidden_size=2**20, head_dim=2**20), "tensor"),
+        ("qwen3", dict(tie_word_embeddings="false"), "tie_word_embeddings should be of type bool"),
+        ("qwen3", dict(rms_norm_eps=float("nan")), "rms_norm_eps = nan is out of range"),
+        ("qwen3", dict(rope_parameters=dict(rope_theta=float("inf"))), "rope_theta = inf"),
+        ("qwen3", dict(rope_parameters=[1]), "rope_parameters should be of type dict"),
+        (["qwen3"], {}, "model_type should be of type str"),
     ],
 )
 def test_unsupported_configurations_are_refused(scratch, family, changes, message):
@@ -363,7 +383,7 @@ def test_tokenizer_refusals(scratch):
         load_tokenizer(scratch)
 
 
-@pytest.mark.parametrize("error", [UserError("mend\nthis"), MemoryError("no memory")])
+@pytest.mark.parametrize("error", [UserError("mend\n\x1b[2Jthis"), MemoryError("no memory")])
 def test_run_cli_shows_one_line(capsys, error):
     """A user's mistake would end in a traceback, or a script take it for success."""
 
@@ -374,7 +394,60 @@ def test_run_cli_shows_one_line(capsys, error):
         run_cli(main)
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and out == ""
-    assert err.startswith("error: ") and err.count("\n") == 1
+    assert err.startswith("error: ") and err.count("\n") == 1 and "\x1b" not in err
+
+
+@pytest.mark.parametrize("eos", [[], "2", ["2"], -1, [2, -1], True, [[2]], {"2": 2}, 2.0])
+def test_wrong_eos_ids_are_refused(scratch, eos):
+    """Of the wrong type they are compared with every token and never found: nothing would end."""
+    edit_json(scratch / "generation_config.json", eos_token_id=eos)
+    with pytest.raises(UserError, match="eos_token_id"):
+        load_tokenizer(scratch)
+
+
+def test_a_tokenizer_of_another_model_is_refused(scratch):
+    """An id beyond the embeddings is a crash deep in a run (on a GPU, of the whole process), and an
+    end token beyond them never comes: completions run on to the limit."""
+
+    def load(**flags):
+        s = dict(model=str(scratch), revision="", device="cpu", dtype="auto", chat=False) | flags
+        return load_base(SimpleNamespace(**s))
+
+    load()
+    edit_json(scratch / "generation_config.json", eos_token_id=[2, 310])
+    load()  # the last embedding, which the tokenizer does not use
+    edit_json(scratch / "generation_config.json", eos_token_id=[2, 311])
+    with pytest.raises(UserError, match="an id 311, the model 311 tokens"):
+        load()
+    edit_json(scratch / "generation_config.json", eos_token_id=2)
+    path = scratch / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    raw = copy.deepcopy(whole)
+    raw["model"]["vocab"][max(raw["model"]["vocab"], key=len)] = 9000  # few tokens, but a far id
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="an id 9000"):
+        load()
+    raw = copy.deepcopy(whole)
+    token = dict(id="<s>", ids=[9001], tokens=["<s>"])  # is put before every text
+    single = [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    template = dict(type="TemplateProcessing", single=single, pair=single)
+    raw["post_processor"] = template | {"special_tokens": {"<s>": token}}
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read|an id 9001"):
+        load()
+    vocab = dict(type="WordLevel", vocab={"a": 0}, unk_token="[UNK]")  # which is not in it
+    path.write_text(json.dumps(whole | dict(model=vocab, added_tokens=[])))
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot encode"):
+        load()
+
+
+def test_half_of_a_surrogate_pair_has_tokens(folder):
+    """JSON can hold one, and so can a command line: no tokenizer takes it."""
+    ours = load_tokenizer(folder)
+    assert ours.encode("a\ud800b") == ours.encode("a?b")
 
 
 def test_run_cli_hides_no_bug(capsys):
