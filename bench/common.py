@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from data.problems import TINY, add_prompts, load_problems
 from lora import add_lora, load_adapter, lora_parameters, save_adapter
 from model import Config, Qwen3, Tokenizer, load_model, load_tokenizer
+from plumbing.files import UserError
 
 # name: hidden, intermediate, layers, heads, key-value heads (arXiv 2505.09388, table 1)
 SHAPES = {"0.6B": (1024, 3072, 28, 16, 8), "1.7B": (2048, 6144, 28, 16, 8)}
@@ -81,7 +82,6 @@ class Work:
     samples: int
     tokens: int  # at most, of a completion
     micro_tokens: int
-    steps: int = 1  # of which a trainer that is started times the last
 
     def prompts(self):
         return [p["prompt"] for p in self.problems]
@@ -112,6 +112,14 @@ def prepare(model, scratch, adapter="", device="cpu", dtype="fp32", prompts=8, *
     tokenizer = load_tokenizer(folder)
     problems = [add_prompts(p, tokenizer) for p in load_problems("tiny")[:prompts]]
     return Work(folder, Path(adapter), device, dtype, tokenizer, problems, **sizes)
+
+
+def check_device(device):
+    """UserError if there is no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no device {device} here: use --device cpu") from None
 
 
 # ---- Time and memory -----------------------------------------------------------------------------
@@ -159,14 +167,14 @@ def product_speed(device, dtype):
     """FLOP/s of a matrix product, the best of several: a limit of all that is computed."""
     n = 8192 if on_gpu(device) else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(timed(lambda: a @ b, device)[0] for _ in range(8))
+    return 2 * n**3 / min(timed(lambda: a @ b, device)[0] for _ in range(5))
 
 
 def copy_speed(device):
     """Bytes/s, read and written, of a copy, the best of several: a limit of what is read."""
     a = torch.zeros(2**30 if on_gpu(device) else 2**27, dtype=torch.uint8, device=device)
     b = torch.ones_like(a)
-    return 2 * a.numel() / min(timed(lambda: b.copy_(a), device)[0] for _ in range(8))
+    return 2 * a.numel() / min(timed(lambda: b.copy_(a), device)[0] for _ in range(5))
 
 
 def sizes_of(model):

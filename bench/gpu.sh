@@ -8,8 +8,9 @@
 # Python, and the arguments go to all parts.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3} failed=0 speed=(--rounds 3 --device cuda)
-[[ " $* " == *" --small "* ]] && speed=(--rounds 1 --prompts 2 --samples 2 --tokens 8)
+python=${PYTHON:-python3} failed=0 speed=(--rounds 3 --device cuda --dtype bf16 --only ours)
+[[ " $* " == *" --small "* ]] &&
+  speed=(--device cuda --rounds 1 --prompts 2 --samples 2 --tokens 8 --only "step, ours, arca")
 [[ " $* " == *" --device cpu "* ]] && speed+=(--device cpu)
 
 part() {  # the seconds it may take, and the command
@@ -20,7 +21,6 @@ part() {  # the seconds it may take, and the command
 }
 
 part 80 "$python" -u bench/gpu.py parity "$@"
-part 150 "$python" -u bench/speed.py "${speed[@]}" --only ours
-part 140 "$python" -u bench/gpu.py paper "$@"
-part 140 "$python" -u bench/gpu.py paper --checkpoint "$@"
+part 180 "$python" -u bench/speed.py "${speed[@]}"
+part 250 "$python" -u bench/gpu.py paper "$@"
 exit $failed

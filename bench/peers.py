@@ -82,7 +82,7 @@ def trl_config(work, checkpointing):
     batch = len(work.problems) * work.samples
     how = dict(per_device_train_batch_size=batch, num_generations=work.samples, beta=0.0)
     how |= dict(max_completion_length=work.tokens, temperature=1.0, num_iterations=1)
-    how |= dict(learning_rate=0.0, max_steps=work.steps, gradient_checkpointing=checkpointing)
+    how |= dict(learning_rate=0.0, max_steps=1, gradient_checkpointing=checkpointing)
     how |= dict(logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True)
     how |= dict(bf16=False, use_cpu=work.device == "cpu", shuffle_dataset=False)
     return GRPOConfig(output_dir=tempfile.mkdtemp(), **how)

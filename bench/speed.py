@@ -116,7 +116,6 @@ def speeds(work, args, kinds, unit):
 
 def alone(work, name):
     """What a job takes at most above what is held once it is loaded, and in all; MiB, as JSON."""
-    work.steps = 2  # a trainer's optimizer has no state before its second step
     job = JOBS[name][0](work)
     gc.collect()
     for thing in gc.get_objects():  # weights that are mapped from a file count once they are read
@@ -124,8 +123,8 @@ def alone(work, name):
             [p.sum() for p in thing.parameters(recurse=False)]
     common.forget_peak(work.device)
     loaded = common.held(work.device)
-    job(False, 1)
-    job(False, 2)
+    for turn in (1, 2):  # an optimizer has no state before its second step
+        job(False, turn)
     peak = common.held(work.device, "VmHWM")
     print(json.dumps(dict(above=(peak - loaded) / 2**20, peak=peak / 2**20)))
 
@@ -235,6 +234,7 @@ def parse():
 def main():
     args = parse()
     torch.set_num_threads(args.threads)
+    common.check_device(args.device)
     sizes = dict(device=args.device, dtype=args.dtype, prompts=args.prompts, samples=args.samples)
     sizes |= dict(tokens=args.tokens, micro_tokens=args.micro_tokens)
     with tempfile.TemporaryDirectory() as scratch:
