@@ -7,6 +7,7 @@ import shutil
 import statistics
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,7 +70,7 @@ def settings(**changes):
     return SimpleNamespace(**(s | changes))
 
 
-@dataclass
+@dataclass(eq=False)
 class Work:
     """The same for all: a checkpoint, an adapter, and how much to write to which problems."""
 
@@ -86,8 +87,9 @@ class Work:
     def prompts(self):
         return [p["prompt"] for p in self.problems]
 
+    @cached_property
     def model(self):
-        """Our model, with the adapter."""
+        """Our model, with the adapter; one for all of ours, since none of them changes it."""
         return load_adapter(load_model(self.folder, self.device, self.dtype), self.adapter)
 
     def ends(self, free):

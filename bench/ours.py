@@ -19,7 +19,7 @@ from sample import generate
 
 def sampler(work, adapter=False):
     """Sampling with the adapter, or with the same model's base path."""
-    model = work.model()
+    model = work.model
 
     def job(free, turn):
         with contextlib.nullcontext() if adapter else adapter_off(model):
@@ -44,7 +44,7 @@ def settings(work, credit):
 
 def step(work, credit):
     """A whole step of GRPO: rollout, grades, advantages, update."""
-    model, s = work.model(), settings(work, credit)
+    model, s = work.model, settings(work, credit)
     optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=0.0)
 
     def once(free, turn):
@@ -62,7 +62,7 @@ def step(work, credit):
 
 def update(work, authors=False):
     """ARCA's update alone, on rollouts that are drawn once; or its authors' way of it."""
-    model, s = work.model(), settings(work, "arca")
+    model, s = work.model, settings(work, "arca")
     optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=0.0)
     rollouts = {}
 

@@ -5,6 +5,7 @@ and returns the seconds that took and the tokens drawn. Nothing here is imported
 transformers, peft, and trl with datasets may be absent.
 """
 
+import functools
 import importlib.util
 import os
 import tempfile
@@ -40,6 +41,9 @@ def load(work, adapter=False, train=False):
     return model
 
 
+shared = functools.cache(load)  # by those that do not change it
+
+
 def count(ids, stop):
     """Tokens drawn: in each row up to the first that is in `stop`, that one included."""
     ended = torch.isin(ids, torch.tensor(stop, device=ids.device, dtype=ids.dtype))
@@ -56,7 +60,7 @@ def left_padded(prompts, device):
 
 def sampler(work, adapter=False, cache=None):
     """generate() of transformers, or of PEFT if with the adapter; cache: None or "static"."""
-    model, stop = load(work, adapter).eval(), work.tokenizer.eos_ids
+    model, stop = shared(work, adapter), work.tokenizer.eos_ids
     from transformers import GenerationConfig
 
     inputs = left_padded(work.prompts(), work.device)

@@ -33,25 +33,21 @@ from plumbing.files import UserError, run_cli
 
 # ---- The contestants -----------------------------------------------------------------------------
 
-# name: (what makes the job, the packages it needs)
+TRL = ("transformers", "peft", "trl", "datasets")
+static, checkpointing = dict(cache="static"), dict(checkpointing=True)
+# name: (what makes the job, its options, the packages it needs)
 JOBS = {
-    "sample, ours": (ours.sampler, ()),
-    "sample, transformers": (peers.sampler, ("transformers",)),
-    "sample, transformers, static cache": (
-        partial(peers.sampler, cache="static"),
-        ("transformers",),
-    ),
-    "sample, ours with the adapter": (partial(ours.sampler, adapter=True), ()),
-    "sample, PEFT": (partial(peers.sampler, adapter=True), ("transformers", "peft")),
-    "step, ours, uniform": (partial(ours.step, credit="uniform"), ()),
-    "step, ours, arca": (partial(ours.step, credit="arca"), ()),
-    "step, TRL + PEFT": (peers.trainer, ("transformers", "peft", "trl", "datasets")),
-    "step, TRL + PEFT, checkpointing": (
-        partial(peers.trainer, checkpointing=True),
-        ("transformers", "peft", "trl", "datasets"),
-    ),
-    "update, ours, arca": (ours.update, ()),
-    "update, arca the authors' way": (partial(ours.update, authors=True), ()),
+    "sample, ours": (ours.sampler, {}, ()),
+    "sample, transformers": (peers.sampler, {}, TRL[:1]),
+    "sample, transformers, static cache": (peers.sampler, static, TRL[:1]),
+    "sample, ours with the adapter": (ours.sampler, dict(adapter=True), ()),
+    "sample, PEFT": (peers.sampler, dict(adapter=True), TRL[:2]),
+    "step, ours, uniform": (ours.step, dict(credit="uniform"), ()),
+    "step, ours, arca": (ours.step, dict(credit="arca"), ()),
+    "step, TRL + PEFT": (peers.trainer, {}, TRL),
+    "step, TRL + PEFT, checkpointing": (peers.trainer, checkpointing, TRL),
+    "update, ours, arca": (ours.update, {}, ()),
+    "update, arca the authors' way": (ours.update, dict(authors=True), ()),
 }
 # ours, the peer, and how often ours should fit into its time: free and forced on the embedded
 # model, free on a real one
@@ -65,6 +61,12 @@ RATIOS = [
 ]
 MEMORY = 0.6  # of TRL's, above the weights, on a real model
 
+
+def job_of(name, work):
+    make, options, _ = JOBS[name]
+    return make(work, **options)
+
+
 # ---- Rows ----------------------------------------------------------------------------------------
 
 
@@ -72,7 +74,7 @@ def chosen(work, args, kinds):
     """Names of the jobs of these kinds that this run has; a group of one teaches GRPO nothing."""
     groups = work.samples > 1
     names = [name for name in JOBS if name.split(",")[0] in kinds and args.only in name]
-    return [n for n in names if not peers.absent(JOBS[n][1]) and (groups or n.startswith("sample"))]
+    return [n for n in names if not peers.absent(JOBS[n][2]) and (groups or n.startswith("sample"))]
 
 
 def take_turns(jobs, rounds):
@@ -101,7 +103,7 @@ def ratios(medians, args):
 
 def speeds(work, args, kinds, unit):
     """Rows of tokens/s, or of s a step, and of the ratios of speeds."""
-    jobs = {name: JOBS[name][0](work) for name in chosen(work, args, kinds)}
+    jobs = {name: job_of(name, work) for name in chosen(work, args, kinds)}
     found, medians = take_turns(jobs, args.rounds), {}
     for name in jobs:
         cells = []
@@ -116,7 +118,7 @@ def speeds(work, args, kinds, unit):
 
 def alone(work, name):
     """What a job takes at most above what is held once it is loaded, and in all; MiB, as JSON."""
-    job = JOBS[name][0](work)
+    job = job_of(name, work)
     gc.collect()
     for thing in gc.get_objects():  # weights that are mapped from a file count once they are read
         if issubclass(type(thing), torch.nn.Module):
@@ -156,7 +158,7 @@ def memory(work, args):
 
 def limits(work, args):
     """Rows of how much of what the machine can do is done, at forced lengths."""
-    model = work.model()
+    model = work.model
     prompts, rows = [len(p) for p in work.prompts()], len(work.problems) * work.samples
     lengths = [work.tokens] * rows
     flops, reads = common.sampling_work(model, prompts, lengths)
@@ -164,7 +166,7 @@ def limits(work, args):
         "sample, ours": flops,
         "update, ours, arca": common.update_work(model, prompts, lengths),
     }
-    jobs = {name: JOBS[name][0](work) for name in needs if work.samples > 1 or name[0] == "s"}
+    jobs = {name: job_of(name, work) for name in needs if work.samples > 1 or name[0] == "s"}
     product, copy, rates = [], [], {name: [] for name in jobs}
     for turn in range(args.rounds + 1):
         product.append(common.product_speed(work.device, work.dtype))
@@ -195,9 +197,8 @@ ROWS = {
 
 def heading(work, args):
     """What was run, on what, and with what."""
-    libraries = ("transformers", "peft", "trl", "datasets")
-    missing = peers.absent(libraries)
-    have = ["torch", *(name for name in libraries if name not in missing)]
+    missing = peers.absent(TRL)
+    have = ["torch", *(name for name in TRL if name not in missing)]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in have]
     print("python bench/speed.py", *sys.argv[1:])
     gpu = torch.cuda.get_device_name() if common.on_gpu(work.device) else "CPU"

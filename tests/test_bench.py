@@ -46,7 +46,7 @@ def test_the_table_says_what_was_measured(monkeypatch, capsys):
     assert " ".join(["python bench/speed.py", *flags]) in text
     assert f"torch {torch.__version__}" in text
     rows, claims = table(text), 0
-    for name, (_, packages) in speed.JOBS.items():
+    for name, (_, _, packages) in speed.JOBS.items():
         assert (name in rows) == installed(*packages), name
         assert all(package in text for package in packages)  # with a version, or as missing
     for us, peer, *_ in speed.RATIOS:
@@ -86,7 +86,7 @@ def test_tokens_are_counted_up_to_the_end():
 def test_peers_have_the_same_weights_and_do_the_same_work(work):
     """A peer whose adapter is not on, that pads wrongly or that stops early does other work."""
     for adapter in (False, True):
-        model, theirs = work.model(), peers.load(work, adapter)
+        model, theirs = work.model, peers.load(work, adapter)
         padded = peers.left_padded(work.prompts(), "cpu")
         positions = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
         logits = theirs(**padded, position_ids=positions).logits[:, -1]
@@ -114,7 +114,7 @@ def test_trl_does_the_same_work(work):
 def test_the_work_is_counted_right(work):
     """FLOPs that nothing needs would make the share of the limit a boast. PyTorch's own counter
     sees the matrix products of what runs; attention on the CPU, 2 % here, it does not see."""
-    model, s = work.model(), common.settings(samples=4, max_new_tokens=16)
+    model, s = work.model, common.settings(samples=4, max_new_tokens=16)
     prompt = work.problems[0]["prompt"]
     problems, lengths, prompts = [work.problems[0]] * 2, [16] * 8, [len(prompt)] * 2
     with FlopCounterMode(display=False) as counter:
