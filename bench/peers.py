@@ -89,7 +89,7 @@ def trl_config(work, checkpointing):
     how |= dict(learning_rate=0.0, max_steps=1, gradient_checkpointing=checkpointing)
     how |= dict(logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True)
     how |= dict(bf16=False, use_cpu=work.device == "cpu", shuffle_dataset=False)
-    return GRPOConfig(output_dir=tempfile.mkdtemp(), **how)
+    return GRPOConfig(output_dir=tempfile.gettempdir(), **how)
 
 
 def trainer(work, checkpointing=False):
