@@ -11,36 +11,18 @@ of all tokens at once.
 
 import argparse
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import credit
 import grpo
+from bench.common import SHAPES, TEXT, adapted, random_model, settings, timed
 from data.problems import TINY, add_prompts, load_problems
-from lora import adapter_off, add_lora, lora_parameters
-from model import Config, Qwen3, load_model, load_tokenizer
+from lora import adapter_off, lora_parameters
+from model import load_model, load_tokenizer
 from plumbing.files import run_cli
-
-# name: hidden, intermediate, layers, heads, key-value heads (arXiv 2505.09388, table 1)
-SHAPES = {"0.6B": (1024, 3072, 28, 16, 8), "1.7B": (2048, 6144, 28, 16, 8)}
-TEXT = SimpleNamespace(eos_ids=[], decode=lambda ids: "x" * len(ids))  # no completion ends
-
-
-def random_model(shape, device, dtype):
-    """A Qwen3 of that shape whose weights are small random numbers."""
-    hidden, inner, layers, heads, kv = SHAPES[shape]
-    sizes = (151936, hidden, inner, layers, heads, kv, 128, 1e-6, 1e6, True, False, True)
-    with torch.device("meta"):
-        model = Qwen3(Config(*sizes))
-    model = model.to_empty(device=device).to(dtype)
-    model.tie()
-    for name, p in model.named_parameters():
-        torch.nn.init.ones_(p) if "norm" in name else torch.nn.init.normal_(p, std=0.02)
-    return model
 
 
 def setting_up(args):
@@ -54,11 +36,7 @@ def setting_up(args):
     else:
         model, tokenizer = load_model(TINY, args.device), load_tokenizer(TINY)
         problems = [add_prompts(p, tokenizer) for p in load_problems("tiny")[: args.prompts]]
-    add_lora(model, 16, 32)
-    for name, p in lora_parameters(model).items():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.005)
-    return model, tokenizer, problems
+    return adapted(model), tokenizer, problems
 
 
 def authors_update(model, r, advantages, s):
@@ -87,16 +65,6 @@ def authors_update(model, r, advantages, s):
         A = advantages[rows, None].to(w.device)
         (-(A * w * picked * b.mask).sum() / len(c.lengths)).backward()
     model.zero_grad(set_to_none=True)
-
-
-def timed(function, device):
-    """The seconds that a call takes, and what it returns."""
-    wait = torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None
-    wait()
-    started = time.perf_counter()
-    result = function()
-    wait()
-    return time.perf_counter() - started, result
 
 
 def one_round(model, tokenizer, problems, s, given=None):
@@ -131,11 +99,8 @@ def main():
     parser.add_argument("--updates-only", action="store_true", help="one rollout for all of them")
     args = parser.parse_args()
     model, tokenizer, problems = setting_up(args)
-    s = SimpleNamespace(samples=args.samples, max_new_tokens=args.max_new_tokens, seed=1)
-    s.__dict__.update(temperature=1.0, top_p=1.0, sharpening=1.0, aggregate="seq", updates=1)
-    s.__dict__.update(clip_low=0.2, clip_high=0.28, kl=0.0, grad_clip=1.0, arca_layer="final")
-    s.micro_tokens = args.micro_tokens
-    given, s.credit = None, "uniform"
+    s = settings(samples=args.samples, max_new_tokens=args.max_new_tokens)
+    s.micro_tokens, given = args.micro_tokens, None
     if args.updates_only:  # with all that any rule reads of the sampler
         given = grpo.rollout(model, tokenizer, problems, s, 1, compare=True)
     one_round(model, tokenizer, problems, s, given)  # kernels are chosen anew for each shape

@@ -1,0 +1,238 @@
+"""What the benches share: models and work to do, clocks, memory, the limits of the machine."""
+
+import copy
+import ctypes
+import json
+import shutil
+import statistics
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import save_file
+
+from data.problems import TINY, add_prompts, load_problems
+from lora import add_lora, load_adapter, lora_parameters, save_adapter
+from model import Config, Qwen3, Tokenizer, load_model, load_tokenizer
+from plumbing.files import UserError
+
+# name: hidden, intermediate, layers, heads, key-value heads (arXiv 2505.09388, table 1)
+SHAPES = {"0.6B": (1024, 3072, 28, 16, 8), "1.7B": (2048, 6144, 28, 16, 8)}
+SHAPES["small"] = (64, 128, 2, 4, 2)  # nobody's: for trying a bench out
+TEXT = SimpleNamespace(eos_ids=[], decode=lambda ids: "x" * len(ids))  # no completion ends
+
+# ---- Models and work -----------------------------------------------------------------------------
+
+
+def random_model(shape, device, dtype):
+    """A Qwen3 of that shape whose weights are small random numbers."""
+    hidden, inner, layers, heads, kv = SHAPES[shape]
+    sizes = (151936, hidden, inner, layers, heads, kv, 128, 1e-6, 1e6, True, False, True)
+    with torch.device("meta"):
+        model = Qwen3(Config(*sizes))
+    model = model.to_empty(device=device).to(dtype)
+    model.tie()
+    for name, p in model.named_parameters():
+        torch.nn.init.ones_(p) if "norm" in name else torch.nn.init.normal_(p, std=0.02)
+    return model.requires_grad_(False).eval()
+
+
+def write_random(shape, folder, dtype):
+    """That model as a checkpoint that anyone loads, with the embedded model's tokenizer."""
+    model = random_model(shape, "cpu", dtype)
+    config = json.loads((TINY / "config.json").read_text())
+    config |= {key: value for key, value in vars(model.config).items() if key in config}
+    (folder / "config.json").write_text(json.dumps(config))
+    state = {name: p for name, p in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(state, folder / "model.safetensors", metadata=dict(format="pt"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(TINY / name, folder)
+
+
+def adapted(model, rank=16, alpha=32.0):
+    """The model with an adapter that does something: B is not zero."""
+    add_lora(model, rank, alpha)
+    torch.manual_seed(0)
+    for name, p in lora_parameters(model).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.005)
+    return model
+
+
+def settings(**changes):
+    """What grpo.py reads of train.py's Settings; plain GRPO on a rollout that is used once."""
+    s = dict(samples=8, max_new_tokens=64, temperature=1.0, top_p=1.0, seed=1, credit="uniform")
+    s |= dict(sharpening=1.0, aggregate="seq", updates=1, clip_low=0.2, clip_high=0.28, kl=0.0)
+    s |= dict(grad_clip=1.0, arca_layer="final", micro_tokens=4096, checkpoint=False)
+    return SimpleNamespace(**(s | changes))
+
+
+@dataclass(eq=False)
+class Work:
+    """The same for all: a checkpoint, an adapter, and how much to write to which problems."""
+
+    folder: Path
+    adapter: Path  # in PEFT's format
+    device: str
+    dtype: torch.dtype
+    tokenizer: Tokenizer
+    problems: list[dict]  # with the token ids of their prompts
+    samples: int
+    tokens: int  # at most, of a completion
+    micro_tokens: int
+
+    def prompts(self):
+        return [p["prompt"] for p in self.problems]
+
+    @cached_property
+    def model(self):
+        """Our model, with the adapter; one for all of ours, since none of them changes it."""
+        return load_adapter(load_model(self.folder, self.device, self.dtype), self.adapter)
+
+    def ends(self, free):
+        """Our tokenizer; unless completions are free to end, nothing ends them."""
+        tokenizer = copy.copy(self.tokenizer)
+        tokenizer.eos_ids = self.tokenizer.eos_ids if free else []
+        return tokenizer
+
+
+def prepare(model, scratch, adapter="", device="cpu", dtype="fp32", prompts=8, **sizes) -> Work:
+    """Work on `tiny`, a name of SHAPES or a checkpoint folder; what is made goes to `scratch`."""
+    folder, dtype = Path(model), dict(fp32=torch.float32, bf16=torch.bfloat16)[dtype]
+    if model == "tiny":
+        folder = TINY
+    elif model in SHAPES:
+        folder = Path(scratch) / model
+        folder.mkdir()
+        write_random(model, folder, dtype)
+    if not adapter:
+        adapter = Path(scratch) / "adapter"
+        save_adapter(adapted(load_model(folder)), adapter)
+    tokenizer = load_tokenizer(folder)
+    problems = [add_prompts(p, tokenizer) for p in load_problems("tiny")[:prompts]]
+    return Work(folder, Path(adapter), device, dtype, tokenizer, problems, **sizes)
+
+
+def check_device(device):
+    """UserError if there is no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no device {device} here: use --device cpu") from None
+
+
+# ---- Time and memory -----------------------------------------------------------------------------
+
+
+def on_gpu(device):
+    return str(device).startswith("cuda")
+
+
+def timed(function, device):
+    """The seconds that a call takes, and what it returns."""
+    wait = torch.cuda.synchronize if on_gpu(device) else lambda: None
+    wait()
+    started = time.perf_counter()
+    result = function()
+    wait()
+    return time.perf_counter() - started, result
+
+
+def held(device, what="VmRSS"):
+    """Bytes held now, or with VmHWM at most since `forget_peak`; None where nobody counts them."""
+    if on_gpu(device):
+        peak = what == "VmHWM"
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(what))
+
+
+def forget_peak(device):
+    """Start to look for the peak here: what loading took is given back and forgotten."""
+    if on_gpu(device):
+        torch.cuda.reset_peak_memory_stats()
+    elif held(device) is not None:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps is not in use
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
+
+
+# ---- Limits --------------------------------------------------------------------------------------
+
+
+def product_speed(device, dtype):
+    """FLOP/s of a matrix product, the best of several: a limit of all that is computed."""
+    n = 8192 if on_gpu(device) else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / min(timed(lambda: a @ b, device)[0] for _ in range(5))
+
+
+def copy_speed(device):
+    """Bytes/s, read and written, of a copy, the best of several: a limit of what is read."""
+    a = torch.zeros(2**30 if on_gpu(device) else 2**27, dtype=torch.uint8, device=device)
+    b = torch.ones_like(a)
+    return 2 * a.numel() / min(timed(lambda: b.copy_(a), device)[0] for _ in range(5))
+
+
+def sizes_of(model):
+    """Weights of the layers' products, of the head, and of the adapter."""
+    head = model.lm_head.weight.numel()
+    named = [(n, p) for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
+    lora = sum(p.numel() for n, p in named if "lora_" in n)
+    return sum(p.numel() for n, p in named) - lora, head, lora
+
+
+def attended(starts, lengths):
+    """The sum over all tokens after `starts` of how many tokens they look at."""
+    return sum(sum(range(a + 1, a + n + 1)) for a, n in zip(starts, lengths, strict=True))
+
+
+def sampling_work(model, prompts, lengths, adapter=False):
+    """(FLOPs, bytes) that sampling needs: the layers for all tokens, the head for drawn ones; all
+    weights once a position, and the cache that each token looks at. lengths: of each row."""
+    c, (layers, head, lora) = model.config, sizes_of(model)
+    layers += lora * adapter
+    starts = [p for p in prompts for _ in range(len(lengths) // len(prompts))]
+    read = [n - 1 for n in lengths]  # the last token drawn is not read
+    seen = attended(starts, read) * c.num_hidden_layers * c.head_dim
+    flops = 2 * layers * (sum(prompts) + sum(read)) + 2 * head * sum(lengths)
+    number = model.lm_head.weight.element_size()
+    reads = (layers + head) * max(lengths) + 2 * seen * c.num_key_value_heads
+    return flops + 4 * seen * c.num_attention_heads, reads * number
+
+
+def update_work(model, prompts, lengths, base_pass=True):
+    """FLOPs that an update needs: forward and backward through frozen layers (2 + 2 a weight and
+    token), with their gradient through the adapter (2 + 4) and only at completions through the head
+    (2 + 2), and ARCA's base pass (2). What is computed again is not counted, nor padding."""
+    c, (layers, head, lora) = model.config, sizes_of(model)
+    starts = [p for p in prompts for _ in range(len(lengths) // len(prompts))]
+    rows = [p + n - 1 for p, n in zip(starts, lengths, strict=True)]
+    seen = attended([0] * len(rows), rows) * c.num_hidden_layers * c.head_dim
+    once = 2 * layers * sum(rows) + 4 * seen * c.num_attention_heads
+    back = 2 * layers * sum(rows) + 8 * seen * c.num_attention_heads
+    return once * (1 + base_pass) + back + 6 * lora * sum(rows) + 4 * head * sum(lengths)
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+def number(x):
+    """Three digits, or all those before the point."""
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:#.3g}"
+
+
+def middle(values):
+    """Two cells: the median, and from the least to the most."""
+    if not values:
+        return "", ""
+    return number(statistics.median(values)), f"{number(min(values))} to {number(max(values))}"
+
+
+def line(*cells):
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)

@@ -1,0 +1,173 @@
+"""The benches: whether the table says what was measured, and the peers do the same work as we."""
+
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import grpo
+from bench import common, ours, peers, speed
+from lora import adapter_off
+from sample import generate
+
+HOUSE = Path(__file__).parent.parent
+SIZES = dict(device="cpu", dtype="fp32", prompts=2, samples=2, tokens=4, micro_tokens=4096)
+
+
+def installed(*names):
+    return all(importlib.util.find_spec(name) for name in names)
+
+
+def table(text):
+    """{first cell: the other cells} of all tables in what a bench prints."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return common.prepare("tiny", tmp_path_factory.mktemp("work"), **SIZES)
+
+
+def test_the_table_says_what_was_measured(monkeypatch, capsys):
+    """A row that is missing without a word, or a ratio of other numbers than those printed, would
+    claim what nobody measured."""
+    flags = ["--rows", "sampling,step", "--rounds", "1", "--tokens", "4"]
+    flags += ["--prompts", "2", "--samples", "2"]
+    monkeypatch.setattr(sys, "argv", ["bench/speed.py", *flags])
+    speed.main()
+    text = capsys.readouterr().out
+    assert " ".join(["python bench/speed.py", *flags]) in text
+    assert f"torch {torch.__version__}" in text
+    rows, claims = table(text), 0
+    for name, (_, _, packages) in speed.JOBS.items():
+        assert (name in rows) == installed(*packages), name
+        assert all(package in text for package in packages)  # with a version, or as missing
+    for us, peer, *_ in speed.RATIOS:
+        if peer in rows:
+            for column in (1, 3):
+                ratio = float(rows[us][column]) / float(rows[peer][column])
+                ratio = ratio if us.startswith("sample") else 1 / ratio
+                claims += 1
+                assert float(rows[f"{us} / {peer}"][column]) == pytest.approx(ratio, rel=0.02)
+    assert claims >= 2
+
+
+def test_turns_and_the_round_that_does_not_count(monkeypatch):
+    """Contestants that do not take turns are compared across what else the machine was doing; a
+    first round that counts measures how kernels are chosen."""
+    calls = []
+
+    def job(name):
+        return lambda free, turn: calls.append((name, free, turn)) or (turn + 1.0, 10)
+
+    found = speed.take_turns(dict(a=job("a"), b=job("b")), 2)
+    assert calls[:4] == [("a", True, 0), ("b", True, 0), ("a", False, 0), ("b", False, 0)]
+    assert found["b", False] == [(2.0, 10), (3.0, 10)]
+    assert common.middle([2.0, 1.0, 9.0]) == ("2.00", "1.00 to 9.00")
+    assert statistics.median([2.0, 1.0, 9.0]) == 2.0
+
+
+def test_tokens_are_counted_up_to_the_end():
+    """Padding after a completion that is counted would make a peer look faster than it is."""
+    ids = torch.tensor([[5, 0, 0, 0], [5, 6, 7, 8], [9, 5, 6, 0], [0, 5, 0, 5]])
+    assert peers.count(ids, [0]) == 2 + 4 + 4 + 1
+    assert peers.count(ids, [0, 9]) == 2 + 4 + 1 + 1
+    assert peers.count(ids, []) == 16
+
+
+@pytest.mark.skipif(not installed("transformers", "peft"), reason="no transformers or no peft")
+def test_peers_have_the_same_weights_and_do_the_same_work(work):
+    """A peer whose adapter is not on, that pads wrongly or that stops early does other work."""
+    for adapter in (False, True):
+        model, theirs = work.model, peers.load(work, adapter)
+        padded = peers.left_padded(work.prompts(), "cpu")
+        positions = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        logits = theirs(**padded, position_ids=positions).logits[:, -1]
+        for prompt, row in zip(work.prompts(), logits, strict=True):
+            ids = torch.tensor([prompt])
+            if adapter:
+                hidden = model(ids)[0, -1]
+            else:
+                with adapter_off(model):
+                    hidden = model(ids)[0, -1]
+            assert torch.allclose(model.logits(hidden), row, atol=1e-4)
+        assert ours.sampler(work, adapter)(False, 1)[1] == 2 * 2 * 4
+        assert peers.sampler(work, adapter)(False, 1)[1] == 2 * 2 * 4
+
+
+@pytest.mark.skipif(not installed("transformers", "peft", "trl", "datasets"), reason="no TRL")
+def test_trl_does_the_same_work(work):
+    """TRL's step of other completions than ours would be another step."""
+    job = peers.trainer(work)
+    seconds, drawn = job(False, 1)
+    assert drawn == ours.step(work, "uniform")(False, 1)[1] == 2 * 2 * 4
+    assert seconds > 0
+
+
+def test_the_work_is_counted_right(work):
+    """FLOPs that nothing needs would make the share of the limit a boast. PyTorch's own counter
+    sees the matrix products of what runs; attention on the CPU, 2 % here, it does not see."""
+    model, s = work.model, common.settings(samples=4, max_new_tokens=16)
+    prompt = work.problems[0]["prompt"]
+    problems, lengths, prompts = [work.problems[0]] * 2, [16] * 8, [len(prompt)] * 2
+    with FlopCounterMode(display=False) as counter:
+        generate(model, [prompt] * 2, 4, 16)
+    flops, _ = common.sampling_work(model, prompts, lengths, adapter=True)
+    assert flops == pytest.approx(counter.get_total_flops(), rel=0.06)
+    r, advantages = ours.half_right(grpo.rollout(model, work.ends(False), problems, s, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for s.credit in ("uniform", "arca"):
+        with FlopCounterMode(display=False) as counter:
+            grpo.update(model, optimizer, r, advantages, s)
+        flops = common.update_work(model, prompts, lengths, s.credit == "arca")
+        assert flops == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+def test_peak_memory_is_found_and_forgotten():
+    """A peak that loading left behind would be charged to the step that comes after it."""
+    if common.held("cpu") is None:
+        pytest.skip("no /proc")
+    before = common.held("cpu")
+    torch.ones(2**24)  # 64 MiB, freed at once
+    assert common.held("cpu", "VmHWM") >= before + 60 * 2**20
+    common.forget_peak("cpu")
+    assert common.held("cpu", "VmHWM") <= common.held("cpu") + 2**23
+    torch.ones(2**23)
+    assert common.held("cpu", "VmHWM") >= common.held("cpu") + 2**24
+
+
+def gpu_sh(*flags, python=sys.executable):
+    """Exit code and output of bench/gpu.sh."""
+    environment = os.environ | dict(PYTHON=python, OMP_NUM_THREADS="1")
+    command = ["bash", "bench/gpu.sh", *flags]
+    ended = subprocess.run(command, cwd=HOUSE, env=environment, capture_output=True, text=True)
+    return ended.returncode, ended.stdout
+
+
+def test_gpu_sh_in_small():
+    """The script runs for the first time where a GPU is rented by the minute."""
+    code, text = gpu_sh("--device", "cpu", "--small")
+    assert (code, text.count("\n## ")) == (0, 3), text
+    checks = [line for line in text.splitlines() if line.startswith(("| fp32", "| bf16"))]
+    assert len(checks) == 12 and all(line.endswith("| yes |") for line in checks)
+    rows = table(text)
+    for what in ("step, s", "sampling, TB/s", "update, --checkpoint, s", "peak of arca, GiB"):
+        assert float(rows[what][0]) > 0, what
+    for what in ("step, ours, arca", "limit, update, ours, arca"):
+        assert float(rows[what][3]) > 0, what
+    if common.held("cpu") is not None:  # measured in a process of its own
+        assert float(rows["memory, step, ours, arca"][3]) > 0
+
+
+def test_gpu_sh_names_what_fails_and_goes_on():
+    """A part that fails and takes the others along wastes the machine's time."""
+    code, text = gpu_sh("--device", "cpu", "--small", python="false")
+    assert code == 1
+    assert text.count("FAILED") == 3
