@@ -123,7 +123,10 @@ def token_logps(model, hidden, targets, temperature=1.0, chunk=None):
 
     chunk = chunk or max(1, LOGITS // model.config.vocab_size)
     pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    parts = [checkpoint(head, h, y, use_reentrant=False) for h, y in pairs]
+    if len(targets) > chunk:
+        parts = [checkpoint(head, h, y, use_reentrant=False) for h, y in pairs]
+    else:  # what one chunk keeps is little
+        parts = [head(hidden, targets)]
     logps, entropies = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(entropies)
 

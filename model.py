@@ -167,7 +167,8 @@ class Qwen3(nn.Module):
         super().__init__()
         self.config = c = config
         self.model = nn.ModuleDict()
-        self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        rows = torch.empty(c.vocab_size, c.hidden_size).uniform_(-1, 1)  # normal_ is slow on `meta`
+        self.model.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
         self.model.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.model.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
@@ -263,11 +264,15 @@ def checkpoint_folder(path_or_id, revision=None) -> Path:
     return hub_model(name, revision)
 
 
+def default_dtype(device):
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
 def load_model(path_or_id, device="cpu", dtype=None, revision=None) -> Qwen3:
     """A frozen model in eval mode, from a folder or Hub id; dtype: fp32 on the CPU, else bf16.
     UserError on an unknown or missing tensor, a wrong shape, an architecture that is not ours."""
     folder = checkpoint_folder(path_or_id, revision)
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    dtype = dtype or default_dtype(device)
     with torch.device("meta"):  # takes no memory: the tensors of the file move in below
         model = Qwen3(Config.from_dict(read_json(folder / "config.json")))
     state, expected = read_weights(folder), model.state_dict()

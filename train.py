@@ -41,6 +41,7 @@ class Settings:
     preset: str = setting("", "'paper' for the settings of the ARCA paper")
     model: str = setting(*FLAGS["model"])
     revision: str = setting(*FLAGS["revision"])
+    random_weights: bool = setting(False, "in place of the model's; needs only a config.json")
     chat: bool = setting(False, "prompt as a chat turn (ChatML), for instruction-tuned models")
     data: str = setting(*FLAGS["data"])
     eval_data: str = setting("", "likewise; default: the test split, or every 10th line of a file")

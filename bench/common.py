@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from data.problems import TINY, add_prompts, load_problems
 from lora import add_lora, load_adapter, lora_parameters, save_adapter
-from model import Config, Qwen3, Tokenizer, load_model, load_tokenizer
+from model import Config, Tokenizer, load_model, load_tokenizer
+from plumbing.cli import random_model
 from plumbing.files import UserError
 
 # name: hidden, intermediate, layers, heads, key-value heads (arXiv 2505.09388, table 1)
@@ -27,22 +28,15 @@ TEXT = SimpleNamespace(eos_ids=[], decode=lambda ids: "x" * len(ids))  # no comp
 # ---- Models and work -----------------------------------------------------------------------------
 
 
-def random_model(shape, device, dtype):
-    """A Qwen3 of that shape whose weights are small random numbers."""
+def config_of(shape):
+    """The Config of a Qwen3 of that shape."""
     hidden, inner, layers, heads, kv = SHAPES[shape]
-    sizes = (151936, hidden, inner, layers, heads, kv, 128, 1e-6, 1e6, True, False, True)
-    with torch.device("meta"):
-        model = Qwen3(Config(*sizes))
-    model = model.to_empty(device=device).to(dtype)
-    model.tie()
-    for name, p in model.named_parameters():
-        torch.nn.init.ones_(p) if "norm" in name else torch.nn.init.normal_(p, std=0.02)
-    return model.requires_grad_(False).eval()
+    return Config(151936, hidden, inner, layers, heads, kv, 128, 1e-6, 1e6, True, False, True)
 
 
 def write_random(shape, folder, dtype):
     """That model as a checkpoint that anyone loads, with the embedded model's tokenizer."""
-    model = random_model(shape, "cpu", dtype)
+    model = random_model(config_of(shape), "cpu", dtype)
     config = json.loads((TINY / "config.json").read_text())
     config |= {key: value for key, value in vars(model.config).items() if key in config}
     (folder / "config.json").write_text(json.dumps(config))
@@ -66,7 +60,7 @@ def settings(**changes):
     """What grpo.py reads of train.py's Settings; plain GRPO on a rollout that is used once."""
     s = dict(samples=8, max_new_tokens=64, temperature=1.0, top_p=1.0, seed=1, credit="uniform")
     s |= dict(sharpening=1.0, aggregate="seq", updates=1, clip_low=0.2, clip_high=0.28, kl=0.0)
-    s |= dict(grad_clip=1.0, arca_layer="final", micro_tokens=4096, checkpoint=False)
+    s |= dict(grad_clip=1.0, arca_layer="final", micro_tokens=2048)
     return SimpleNamespace(**(s | changes))
 
 
@@ -212,11 +206,12 @@ def update_work(model, prompts, lengths, base_pass=True):
     (2 + 2), and ARCA's base pass (2). What is computed again is not counted, nor padding."""
     c, (layers, head, lora) = model.config, sizes_of(model)
     starts = [p for p in prompts for _ in range(len(lengths) // len(prompts))]
-    rows = [p + n - 1 for p, n in zip(starts, lengths, strict=True)]
-    seen = attended([0] * len(rows), rows) * c.num_hidden_layers * c.head_dim
-    once = 2 * layers * sum(rows) + 4 * seen * c.num_attention_heads
-    back = 2 * layers * sum(rows) + 8 * seen * c.num_attention_heads
-    return once * (1 + base_pass) + back + 6 * lora * sum(rows) + 4 * head * sum(lengths)
+    read = sum(prompts) + sum(lengths) - len(lengths)  # a prompt once for all its completions
+    seen = attended([0] * len(prompts), prompts) + attended(starts, [n - 1 for n in lengths])
+    seen *= c.num_hidden_layers * c.head_dim
+    once = 2 * layers * read + 4 * seen * c.num_attention_heads
+    back = 2 * layers * read + 8 * seen * c.num_attention_heads
+    return once * (1 + base_pass) + back + 6 * lora * read + 4 * head * sum(lengths)
 
 
 # ---- Tables --------------------------------------------------------------------------------------

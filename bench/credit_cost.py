@@ -18,10 +18,11 @@ import torch
 
 import credit
 import grpo
-from bench.common import SHAPES, TEXT, adapted, random_model, settings, timed
+from bench.common import SHAPES, TEXT, adapted, config_of, settings, timed
 from data.problems import TINY, add_prompts, load_problems
 from lora import adapter_off, lora_parameters
 from model import load_model, load_tokenizer
+from plumbing.cli import random_model
 from plumbing.files import run_cli
 
 
@@ -29,7 +30,7 @@ def setting_up(args):
     """The model with an adapter that is not zero, its tokenizer, and problems."""
     torch.manual_seed(0)
     if args.shape:
-        model = random_model(args.shape, args.device, getattr(torch, args.dtype))
+        model = random_model(config_of(args.shape), args.device, getattr(torch, args.dtype))
         ids = torch.randint(0, 151936, (args.prompts, args.prompt_tokens)).tolist()
         problems = [dict(prompt=i, negative=[*i, *range(8)], answer="") for i in ids]
         tokenizer = TEXT
@@ -94,7 +95,7 @@ def main():
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=64, help="with --shape")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--micro-tokens", type=int, default=4096)
+    parser.add_argument("--micro-tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--updates-only", action="store_true", help="one rollout for all of them")
     args = parser.parse_args()

@@ -25,6 +25,7 @@ from bench.ours import half_right
 from data.problems import TINY, add_prompts, load_problems
 from lora import add_lora, lora_parameters
 from model import load_model, load_tokenizer
+from plumbing.cli import random_model
 from plumbing.files import run_cli
 from sample import generate
 
@@ -120,7 +121,7 @@ def parity(args):
 
 
 UPDATES = {"uniform": dict(credit="uniform"), "arca": dict(credit="arca")}
-UPDATES |= {"arca, --checkpoint": dict(credit="arca", checkpoint=True)}
+UPDATES |= {"arca, --checkpoint": dict(credit="arca")}
 
 
 def paper_step(model, problems, s):
@@ -141,7 +142,7 @@ def paper_step(model, problems, s):
     r = measured("sampling", lambda: grpo.rollout(model, TEXT, problems, s, 1))
     r, advantages = half_right(r)
     for name, changes in UPDATES.items():
-        how = settings(**vars(s) | changes)
+        how, model.checkpoint = settings(**vars(s) | changes), "--checkpoint" in name
         measured(name, lambda how=how: grpo.update(model, optimizer, r, advantages, how))
     return seconds, peak
 
@@ -149,7 +150,7 @@ def paper_step(model, problems, s):
 def paper_work(args):
     """The model with random weights and an adapter, and problems that are random tokens."""
     torch.manual_seed(0)
-    model = common.random_model(args.shape, args.device, DTYPES[args.dtype])
+    model = random_model(common.config_of(args.shape), args.device, DTYPES[args.dtype])
     common.adapted(model, args.rank, 2.0 * args.rank)
     ids = torch.randint(0, 151936, (args.prompts, args.prompt_tokens)).tolist()
     return model, [dict(prompt=i, negative=i, answer="") for i in ids]
@@ -222,7 +223,7 @@ def main():
     parser.add_argument(
         "--warm-tokens", type=int, default=512, help="of a step that is not counted"
     )
-    parser.add_argument("--micro-tokens", type=int, default=4096)
+    parser.add_argument("--micro-tokens", type=int, default=8192)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()

@@ -221,7 +221,7 @@ def parse():
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="at most, of a completion")
-    parser.add_argument("--micro-tokens", type=int, default=4096, help="of ours")
+    parser.add_argument("--micro-tokens", type=int, default=2048, help="of ours")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])

@@ -100,7 +100,7 @@ class Decoder:
         x = self.model.model.embed_tokens(tokens)
         for layer, block in enumerate(self.model.model.layers):
             to_qkv, to_out, to_inner, to_down = self.stacks[layer]
-            qkv = to_qkv(block.input_layernorm(x)).view(b, -1, K)
+            qkv = to_qkv(normed(x, block.input_layernorm)).view(b, -1, K)
             qk, v = qkv[:, : H + H_kv], qkv[:, H + H_kv :]
             if c.qk_norm:
                 qk = rms_norm(qk, self.qk_weight[layer], c.rms_norm_eps)
@@ -112,7 +112,7 @@ class Decoder:
             q = qk[:, :H].reshape(b, H_kv, -1, K)
             y = attend(q, keys[:b, :, :S], values[:b, :, :S], mask).view(b, -1)
             x = x + to_out(y)
-            gate, up = to_inner(block.post_attention_layernorm(x)).chunk(2, dim=-1)
+            gate, up = to_inner(normed(x, block.post_attention_layernorm)).chunk(2, dim=-1)
             x = x + to_down(F.silu(gate) * up)
         return self.model.model.norm(x.float())
 
@@ -144,6 +144,10 @@ class Decoder:
         graph.replay()
         cache.filled += 1
         return states[:b].clone()
+
+
+def normed(x, norm):
+    return rms_norm(x, norm.weight, norm.eps)  # to call a module takes a fifth of the time again
 
 
 def attend(q, k, v, mask):

@@ -20,6 +20,7 @@ def tiny_model(vocab=11, hidden=16, seed=0, B=0.3, rank=2, lora=True):
     rest = dict(rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False)
     model = Qwen3(Config(**sizes, **heads, **rest, qkv_bias=False, qk_norm=True))
     model.requires_grad_(False).eval()
+    torch.nn.init.normal_(model.model.embed_tokens.weight)
     torch.nn.init.normal_(model.lm_head.weight, std=0.5)  # far from the uniform distribution
     if lora:
         add_lora(model, rank, 2 * rank)

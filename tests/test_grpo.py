@@ -615,13 +615,13 @@ def test_training_scores_what_was_sampled():
     lengths = lambda ids: rf"\boxed{{{len(ids)}}}"  # noqa: E731 (each answer is its own length)
     tokenizer = SimpleNamespace(eos_ids=[EOS], decode=lengths)
     prompts = [[3, 5], [7, 2, 9, 4], [1]]
-    problems = [dict(prompt=p, answer=str(n)) for p, n in zip(prompts, (0, 2, 12), strict=True)]
+    problems = [dict(prompt=p, answer=str(n)) for p, n in zip(prompts, (9, 1, 12), strict=True)]
     s = settings(samples=16, max_new_tokens=12, temperature=0.8, micro_tokens=100)
     r = grpo.rollout(model, tokenizer, problems, s, step=1)
     c = r.completions
     answers = (c.lengths - c.finished.long()).view(3, 16)
-    assert torch.equal(r.rewards, (answers == torch.tensor([[0], [2], [12]])).float())
-    assert 0 < r.rewards.sum() < 48 and c.finished.any() and not c.finished.all()
+    assert torch.equal(r.rewards, (answers == torch.tensor([[9], [1], [12]])).float())
+    assert grpo.has_spread(r.rewards).any() and c.finished.any() and not c.finished.all()
 
     A = grpo.group_advantages(r.rewards).flatten()
     _, metrics, _ = gradient(model, r, A, s)
