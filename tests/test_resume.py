@@ -1,0 +1,483 @@
+"""A run is killed, stopped or fails, goes on, and ends as if nothing had happened.
+
+    python tests/test_resume.py --kills 20    # the default task, killed twenty times: minutes
+
+Runs are real ones of train.main, in processes forked from one that has imported everything (torch
+takes seconds). Each says when it begins to sample, to update, to save or to evaluate, so that a
+kill can be aimed at any of these.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from helpers import tiny_model
+from lora import load_adapter, lora_parameters
+from model import load_model
+from plumbing import checkpoints, files, run
+from plumbing.files import UserError, run_cli
+
+TIMING = {"seconds_rollout", "seconds_update", "tokens_per_second"}
+ADAPTER = "adapter/adapter_model.safetensors"
+SMALL = "--steps 6 --prompts 2 --samples 3 --max-new-tokens 32 --eval-problems 8 --eval-samples 2"
+SMALL = f"{SMALL} --save-every 2 --eval-every 3 --credit uniform".split()
+PHASES = {"sampling": 0.1, "update": 0.1, "saving": 0.02, "evaluation": 0.1}  # and their seconds
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+
+def telling(phase, call, pipe):
+    """`call`, but the pipe is told first which phase begins."""
+
+    def told(*args):
+        pipe.send(phase)
+        return call(*args)
+
+    return told
+
+
+def child(flags, log, pipe, limit, breaks):
+    """train.py with these flags on one thread; its output goes to a file, and no file may grow over
+    `limit` bytes. With `breaks`, gradients are not finite from that step on."""
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    train.rollout = telling("sampling", train.rollout, pipe)
+    train.update = telling("update", train.update, pipe)
+    train.save = checkpoints.save = telling("saving", train.save, pipe)
+    run.evaluate_step = telling("evaluation", run.evaluate_step, pipe)
+    if breaks:
+        advantages = train.group_advantages
+        steps = iter(range(10**6))  # the first call only checks the name
+        broken = lambda r, kind: advantages(r, kind) * (1 if next(steps) < breaks else torch.nan)  # noqa: E731
+        train.group_advantages = broken
+    sys.argv = ["train.py", *map(str, flags)]
+    run_cli(train.main)
+
+
+def start(folder, flags, limit=resource.RLIM_INFINITY, breaks=0):
+    """A process that begins the run in this folder, or goes on with it, and a pipe from it."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["train"])
+    pipe, theirs = forks.Pipe()
+    more = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
+    log = folder.with_suffix(".log")
+    process = forks.Process(target=child, args=([*flags, *more], log, theirs, limit, breaks))
+    process.start()
+    theirs.close()
+    return process, pipe
+
+
+def finish(folder, flags, **how):
+    """Run to the end; returns the exit code and what was printed."""
+    process, _ = start(folder, flags, **how)
+    process.join()
+    return process.exitcode, folder.with_suffix(".log").read_text()
+
+
+def interrupt(folder, flags, phase, steps=0, delay=0.0, number=signal.SIGKILL):
+    """Send a signal to a run when it is in a phase, `steps` steps being in metrics.jsonl; returns
+    the exit code, which is 0 if it ended before."""
+    process, pipe = start(folder, flags)
+    try:
+        while pipe.recv() != phase or len(rows(folder)) < steps:
+            pass
+        time.sleep(delay)
+        os.kill(process.pid, number)
+    except (EOFError, ProcessLookupError):
+        pass  # it has ended
+    process.join()
+    return process.exitcode
+
+
+def rows(folder, name="metrics.jsonl"):
+    """The whole lines of a JSONL file."""
+    path = folder / name
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def outcome(folder):
+    """What has to be equal: metrics but for times, evaluations, samples and adapter to the byte."""
+    untimed = [{k: v for k, v in row.items() if k not in TIMING} for row in rows(folder)]
+    names = ("evals.jsonl", "samples.jsonl", ADAPTER, "adapter/adapter_config.json")
+    return untimed, *((folder / name).read_bytes() for name in names)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    code, said = finish(folder, SMALL)
+    assert code == 0, said
+    assert [row["step"] for row in rows(folder, "evals.jsonl")] == [0, 3, 6]
+    return folder
+
+
+@pytest.fixture
+def killed(whole, tmp_path):
+    """The folder of a run that was killed in step 5, with two checkpoints: 4, and 3 before it."""
+    assert interrupt(tmp_path / "run", SMALL, "update", steps=4) == -signal.SIGKILL
+    return tmp_path / "run"
+
+
+# ---- Killed --------------------------------------------------------------------------------------
+
+
+def kill_often(folder, flags, kills, steps, delays, seed):
+    """Kill a run at moments spread over its steps, in phases by chance; returns the phases."""
+    rng, phases = random.Random(seed), []
+    for i in range(kills):
+        phase = (
+            "evaluation" if i in (0, kills - 1) else rng.choice(["sampling", "update", "saving"])
+        )
+        at = 0 if i == 0 else min(steps, int((i + rng.random()) * steps / kills))
+        at = steps if i == kills - 1 else min(at, steps - 1)
+        code = interrupt(folder, flags, phase, at, rng.uniform(0, delays[phase]))
+        phases.append(f"{phase} after {len(rows(folder))} steps" if code else "none, it had ended")
+        print(f"kill {i + 1}: {phases[-1]}", flush=True)
+    return phases
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_runs_end_as_if_nothing_had_happened(whole, tmp_path, seed):
+    """State that no checkpoint holds, a line twice or half, a checkpoint that is not one."""
+    phases = kill_often(tmp_path / "run", SMALL, 4, 6, PHASES, seed)
+    assert sum("ended" in phase for phase in phases) <= 1
+    code, said = finish(tmp_path / "run", SMALL)
+    assert code == 0, said
+    assert outcome(tmp_path / "run") == outcome(whole)
+    assert not (tmp_path / "run" / "trainer.safetensors.part").exists()
+
+
+class Killed(BaseException):
+    """What stands for SIGKILL where a test does not want to lose its own process."""
+
+
+def crash_at(moment, monkeypatch):
+    """Have the moment-th write, sync or rename not happen, a write by half, nor anything after."""
+    left = iter(range(moment, -1, -1))
+
+    def instead(call, half=None):
+        def counted(*args):
+            if next(left) == 0:
+                if half:
+                    half(*args)
+                raise Killed
+            return call(*args)
+
+        return counted
+
+    write = Path.write_bytes
+    half = lambda path, data: write(path, data[: len(data) // 2])  # noqa: E731
+    monkeypatch.setattr(Path, "write_bytes", instead(write, half))
+    monkeypatch.setattr(os, "replace", instead(os.replace))
+    monkeypatch.setattr(os, "fsync", instead(os.fsync))
+
+
+def state(step):
+    """A model and an optimizer after a step, with values that tell steps apart."""
+    model = tiny_model(B=0.1 * step)
+    optimizer = torch.optim.AdamW(lora_parameters(model).values())
+    for p in lora_parameters(model).values():
+        p.grad = torch.full_like(p, step)
+    optimizer.step()
+    return model, optimizer
+
+
+def test_a_crash_while_saving_leaves_the_old_or_the_new(monkeypatch, tmp_path):
+    """An adapter of one step with the optimizer of another, or half a file, after a crash at any
+    write, sync or rename of a checkpoint."""
+    s = train.Settings(out=str(tmp_path), keep=2)
+    old, new = state(1), state(2)
+    moment, ended = 0, False
+    while not ended:
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        checkpoints.save(folder, *old, 1, s)
+        with monkeypatch.context() as patch:
+            crash_at(moment, patch)
+            try:
+                checkpoints.save(folder, *new, 2, s)
+                ended = True
+            except Killed:
+                pass
+        tensors, step = checkpoints.newest_checkpoint(folder)
+        model, optimizer = [old, new][step - 1]
+        for i, (name, p) in enumerate(lora_parameters(model).items()):
+            assert torch.equal(tensors[f"adapter.{name}"], p)
+            assert torch.equal(tensors[f"{i}.exp_avg"], optimizer.state[p]["exp_avg"])
+        adapter = lora_parameters(load_adapter(tiny_model(lora=False), folder / "adapter"))
+        held = [
+            all(map(torch.equal, adapter.values(), lora_parameters(m).values()))
+            for m in (old[0], new[0])
+        ]
+        assert any(held) and (held[0] or step == 2)
+        moment += 1
+    assert moment > 10 and step == 2 and held[1]
+
+
+def test_files_are_on_the_disk_before_they_count(monkeypatch, tmp_path):
+    """After a power cut a renamed file can be empty, if it was not synced before; its name can be
+    lost, if the folder was not synced after; and lines, if they were not before the checkpoint."""
+    seen = []
+    name = lambda descriptor: Path(os.readlink(f"/proc/self/fd/{descriptor}")).name  # noqa: E731
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda d: (seen.append(("sync", name(d))), fsync(d)))
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (seen.append(("name", Path(b).name)), replace(a, b))
+    )
+    files.append(tmp_path / "metrics.jsonl", dict(step=1))
+    checkpoints.save(tmp_path, *state(1), 1, train.Settings())
+    file = "trainer.safetensors"
+    order = [
+        ("sync", "metrics.jsonl"),
+        ("sync", f"{file}.part"),
+        ("name", file),
+        ("sync", tmp_path.name),
+    ]
+    assert seen[:4] == order
+
+
+# ---- Stopped -------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_and_sigterm_lose_no_step(whole, tmp_path):
+    """A traceback, a step that was done and is lost, or one that is done twice."""
+    folder, log = tmp_path / "run", tmp_path / "run.log"
+    moments = [("evaluation", 0, signal.SIGINT), ("sampling", 0, signal.SIGTERM)]
+    moments += [("update", 1, signal.SIGINT), ("saving", 3, signal.SIGTERM)]
+    moments += [("evaluation", 6, signal.SIGINT)]
+    for (phase, steps, number), done in zip(moments, [0, 0, 2, 4, 6], strict=True):
+        assert interrupt(folder, SMALL, phase, steps, 0.01, number) == 128 + number
+        said = log.read_text()
+        assert "Traceback" not in said
+        assert said.endswith(
+            f"stopped: step {done} is saved, python train.py --resume {folder} goes on\n"
+        )
+        assert len(rows(folder)) == done
+    assert finish(folder, SMALL)[0] == 0
+    assert outcome(folder) == outcome(whole)
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    """A user who waits for a step of minutes, or a handler that is left behind."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), checkpoints.whole_step():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# ---- Resumed -------------------------------------------------------------------------------------
+
+
+def resume(monkeypatch, capsys, *flags):
+    """Exit code and standard error of train.py with these flags."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    code = 0
+    try:
+        run_cli(train.main)
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr()
+
+
+def test_settings_that_change_the_result_are_all_listed(whole, monkeypatch, capsys):
+    """One setting after the other refused, or a curve that is half of one run, half of another."""
+    before = outcome(whole)
+    flags = ["--resume", whole, "--lr", 1, "--seed", 7, "--steps", 9, "--save-every", 1]
+    code, said = resume(monkeypatch, capsys, *flags)
+    assert code == 2 and said.err.count("\n") == 1
+    for clash in ("lr = 0.002 and not 1.0", "seed = 1 and not 7", "steps = 6 and not 9"):
+        assert clash in said.err
+    assert "save_every" not in said.err and outcome(whole) == before
+    code, said = resume(monkeypatch, capsys, "--resume", whole, "--preset", "paper")
+    assert (
+        code == 2 and "rank = 16 and not 64" in said.err and "data = tiny and not math" in said.err
+    )
+    assert resume(monkeypatch, capsys, "--resume", whole, "--out", "elsewhere")[0] == 2
+
+
+def test_a_finished_run_says_so(whole, monkeypatch, capsys):
+    """A finished run that is trained on, or an error where nothing is wrong."""
+    before = outcome(whole)
+    for flags in (["--resume", whole], ["--out", whole, "--resume"]):
+        code, said = resume(monkeypatch, capsys, *flags)
+        assert code == 0 and "has finished its 6 steps" in said.out and said.out.count("\n") == 1
+    assert outcome(whole) == before
+
+
+def test_steps_may_be_raised_during_the_warmup(tmp_path):
+    """The cosine of a longer run is another, so what it would have learned is not what was."""
+    short, long = tmp_path / "short", tmp_path / "long"
+    assert interrupt(short, SMALL, "sampling", steps=2) == -signal.SIGKILL
+    flags = [*SMALL, "--steps", 7, "--warmup", 5]
+    assert finish(short, flags)[0] == finish(long, flags)[0] == 0
+    assert outcome(short) == outcome(long)
+    assert json.loads((short / "config.json").read_text())["settings"]["steps"] == 7
+    code, said = finish(short, [*SMALL, "--steps", 8])
+    assert code == 2 and "steps = 7 and not 8" in said
+
+
+def test_resume_finds_the_newest_run_of_its_name(monkeypatch, tmp_path):
+    """The run of another seed, or an older one, being gone on with."""
+    monkeypatch.chdir(tmp_path)
+    s = train.Settings(credit="uniform")
+    for i, name in enumerate(["uniform-tiny-tiny-seed1", "uniform-tiny-tiny-seed1-2"]):
+        for folder in (name, f"{name}0", f"x{name}"):
+            Path("runs", folder).mkdir(parents=True)
+            config = Path("runs", folder, "config.json")
+            config.write_text("{}")
+            os.utime(config, (i, i + ("0" in folder)))
+    Path("runs/uniform-tiny-tiny-seed1-3").mkdir()  # without a run in it
+    assert checkpoints.find_run(s, "").name in {
+        "uniform-tiny-tiny-seed1-2",
+        "uniform-tiny-tiny-seed1-20",
+    }
+    assert checkpoints.find_run(s, "some/run") == Path("some/run")
+    with pytest.raises(UserError, match="no run runs/arca"):
+        checkpoints.find_run(train.Settings(), "")
+
+
+# ---- Faults --------------------------------------------------------------------------------------
+
+
+def one_error(code, said):
+    """Whether a run ended in one line, and code 2."""
+    return code == 2 and said.count("error: ") == 1 and "Traceback" not in said
+
+
+def test_a_full_disk_costs_no_checkpoint(whole, tmp_path):
+    """A good checkpoint overwritten by half of one; here no file may grow over the limit."""
+    folder = tmp_path / "run"
+    code, said = finish(folder, SMALL, limit=10**6)  # the adapter fits, the optimizer's states not
+    assert one_error(code, said) and "cannot write" in said and "trainer.safetensors" in said
+    assert len(rows(folder)) == 2 and checkpoints.newest_checkpoint(folder)[1] == 0
+    assert finish(folder, SMALL)[0] == 0
+    assert outcome(folder) == outcome(whole)
+
+
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(whole, killed):
+    """A flipped bit in a weight that nobody ever sees, or a run lost for one bad file."""
+    path = killed / "trainer.safetensors"
+    good, rng = path.read_bytes(), random.Random(0)
+    before = checkpoints.newest_checkpoint(killed)[1]
+    bits = [rng.randrange(8 * 40_000) for _ in range(30)] + [
+        rng.randrange(8 * len(good)) for _ in range(10)
+    ]
+    for bit in bits:  # of the header, and of all
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        assert checkpoints.newest_checkpoint(killed)[1] < before
+    path.write_bytes(good[: len(good) // 2])
+    code, said = finish(killed, SMALL)
+    assert code == 0 and f"WARNING: {path}" in said and "trainer.safetensors.1, of step" in said
+    assert outcome(killed) == outcome(whole)
+
+
+def test_lost_files_are_named(killed):
+    """A KeyError; or a run that begins at step 0 again and cuts its metrics for it."""
+    before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
+
+    def fails(name, data):
+        for path, content in before.items():
+            path.write_bytes(content)
+        for path in killed.glob(name):
+            path.unlink()
+            if data is not None:
+                path.write_bytes(data)
+        code, said = finish(killed, SMALL)
+        left = {path: path.read_bytes() for path in before if not path.match(name)}
+        assert all(before[path] == data for path, data in left.items())
+        assert one_error(code, said)
+        return said
+
+    assert "trainer.safetensors is missing" in fails("trainer.*", None)
+    assert "trainer.safetensors is" in fails("trainer.*", b"\0" * 100)
+    assert "no config.json" in fails("config.json", None)
+    assert "config.json" in fails("config.json", b'{"settings": {"lr": 1}}')
+    assert "lacks lines" in fails("metrics.jsonl", None)
+    assert "lacks lines" in fails("evals.jsonl", None)
+    assert "metrics.jsonl, line 1" in fails("metrics.jsonl", b'{"step": \n{"step": 2}\n')
+
+
+def test_a_torn_line_is_none(tmp_path):
+    """A live run read while it writes, or one that a crash cut short, ending in a traceback."""
+    path = tmp_path / "metrics.jsonl"
+    assert files.read_rows(path) == []
+    path.write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
+    assert files.read_rows(path) == [dict(step=1, reward=0.5)]
+    path.write_text('{"step": 1}\n{"reward": 0.5}\n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2"):
+        files.read_rows(path)
+
+
+def test_gradients_that_are_not_finite_end_a_run(tmp_path):
+    """A run that goes on for hours after its adapter broke, or that saves it over the good one."""
+    folder, flags = tmp_path / "run", [*SMALL, "--steps", 20, "--save-every", 1, "--samples", 6]
+    code, said = finish(folder, flags, breaks=4)
+    assert one_error(code, said) and "5 steps in a row" in said
+    skipped = [row["skipped"] for row in rows(folder)]
+    assert skipped == [0] * (len(skipped) - 5) + [1] * 5
+    tensors, step = checkpoints.newest_checkpoint(folder)
+    assert step == len(skipped) - 5 and all(x.isfinite().all() for x in tensors.values())
+    model = load_adapter(load_model(train.Settings().model), folder / "adapter")
+    assert all(p.isfinite().all() for p in lora_parameters(model).values())
+
+
+def test_tensorboard_gets_every_number_once(monkeypatch, capsys, tmp_path):
+    """Steps twice on the curve of a run that was resumed; a traceback where it is not installed."""
+    if not train.find_spec("tensorboard"):
+        code, said = resume(monkeypatch, capsys, "--out", tmp_path / "run", "--tensorboard")
+        assert code == 2 and said.err.count("\n") == 1 and "pip install tensorboard" in said.err
+        assert not (tmp_path / "run").exists()
+        pytest.skip("tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, flags = tmp_path / "run", [*SMALL, "--tensorboard"]
+    assert interrupt(folder, flags, "update", steps=3, delay=0.05) == -signal.SIGKILL
+    assert finish(folder, flags)[0] == 0
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    for name in ("metrics", "evals"):
+        for key in ("reward", "loss") if name == "metrics" else ("greedy",):
+            told = [(event.step, event.value) for event in events.Scalars(f"{name}/{key}")]
+            written = [(row["step"], row[key]) for row in rows(folder, f"{name}.jsonl")]
+            assert told == [(step, pytest.approx(value)) for step, value in written]
+
+
+# ---- The default task ----------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Kill the default run, resume it, and compare.")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    s, folder = parser.parse_args(), Path(tempfile.mkdtemp())
+    assert finish(folder / "whole", [])[0] == 0
+    delays = dict(sampling=1.0, update=1.0, saving=0.05, evaluation=4.0)
+    kill_often(folder / "killed", [], s.kills, train.Settings().steps, delays, s.seed)
+    assert finish(folder / "killed", [])[0] == 0
+    same = outcome(folder / "whole") == outcome(folder / "killed")
+    print("equal" if same else f"DIFFERENT: see {folder}")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
