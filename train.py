@@ -181,7 +181,8 @@ def main():
                 run.warn(history, model)
                 if compare:
                     run.keep_samples(r, known, s, tokenizer, step, folder)
-                if is_evaluated(step, s) or (step % s.save_every == 0 and not metrics["skipped"]):
+                due = is_evaluated(step, s) or step % s.save_every == 0
+                if due and (step == s.steps or not metrics["skipped"]):
                     save(folder, model, optimizer, step, s)
             evaluate(step)
     except KeyboardInterrupt as stop:  # whatever was in flight is dropped

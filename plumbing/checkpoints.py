@@ -134,12 +134,20 @@ def newest_checkpoint(folder):
 def begin(folder, model, optimizer, s) -> int:
     """Give model and optimizer back what `save` wrote and cut the lines of later steps, or save the
     first checkpoint; returns its step."""
+    tensors, step = newest_checkpoint(folder)
+    if tensors:
+        put_back(tensors, model, optimizer, folder)
+        cut_back(folder, step)
+        save_adapter(model, folder / "adapter", s.model)  # a crash may have come before its turn
+    else:
+        save(folder, model, optimizer, step, s)
     config = files.read_json(folder / "config.json")
     files.write_json(folder / "config.json", config | dict(settings=asdict(s)))
-    tensors, step = newest_checkpoint(folder)
-    if not tensors:
-        save(folder, model, optimizer, 0, s)
-        return 0
+    return step
+
+
+def put_back(tensors, model, optimizer, folder):
+    """Give model and optimizer the tensors of a checkpoint."""
     ours = {f"adapter.{name}": p for name, p in lora_parameters(model).items()}
     state = optimizer.state_dict()
     for name in [name for name in tensors if not name.startswith("adapter.")]:
@@ -149,9 +157,6 @@ def begin(folder, model, optimizer, s) -> int:
     optimizer.load_state_dict(state)
     for name, parameter in ours.items():
         parameter.data.copy_(tensors[name])
-    cut_back(folder, step)
-    save_adapter(model, folder / "adapter", s.model)  # a crash may have come before its turn
-    return step
 
 
 def cut_back(folder, step):
