@@ -10,11 +10,15 @@ its folder: config.json, metrics.jsonl, evals.jsonl, samples.jsonl, adapter/, tr
 
 import argparse
 import math
+import signal
 import sys
 import time
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
+
+if __name__ == "__main__":  # until run_cli takes over: no traceback of an import that Ctrl-C hit
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from tqdm import tqdm
@@ -132,11 +136,6 @@ def lr_at(step, s: Settings):
     return s.lr * 0.5 * (1 + math.cos(math.pi * (step - s.warmup) / (s.steps - s.warmup + 1)))
 
 
-def is_evaluated(step, s: Settings):
-    """Before and after the run, and every s.eval_every steps."""
-    return step in (0, s.steps) or (s.eval_every > 0 and step % s.eval_every == 0)
-
-
 def main():
     s, resume = parse_settings()
     model, tokenizer = load_base(s)
@@ -154,7 +153,7 @@ def main():
     print(f"run folder {folder}" + f", going on after step {done}" * resume, flush=True)
 
     def evaluate(step):  # unless a run that was interrupted had it done
-        if is_evaluated(step, s) and (not evals or evals[-1]["step"] < step):
+        if run.is_evaluated(step, s) and (not evals or evals[-1]["step"] < step):
             evals.append(run.evaluate_step(model, tokenizer, held_out, s, step, folder, board))
 
     bar = tqdm(range(done + 1, s.steps + 1), disable=not sys.stderr.isatty(), dynamic_ncols=True)
@@ -163,7 +162,7 @@ def main():
         for step in bar:
             started = time.perf_counter()
             problems = problems_of_step(train, s.prompts, s.seed, step)
-            compare = s.compare_rules or is_evaluated(step, s) or step % 10 == 1
+            compare = s.compare_rules or run.is_evaluated(step, s) or step % 10 == 1
             r = rollout(model, tokenizer, problems, s, step, compare)
             sampled = time.perf_counter()
             advantages = group_advantages(r.rewards, s.advantage).flatten()  # (B,)
@@ -181,7 +180,7 @@ def main():
                 run.warn(history, model)
                 if compare:
                     run.keep_samples(r, known, s, tokenizer, step, folder)
-                due = is_evaluated(step, s) or step % s.save_every == 0
+                due = run.is_evaluated(step, s) or step % s.save_every == 0
                 if due and (step == s.steps or not metrics["skipped"]):
                     save(folder, model, optimizer, step, s)
             evaluate(step)

@@ -72,6 +72,11 @@ def record(path, row, board):
 # ---- What the user sees --------------------------------------------------------------------------
 
 
+def is_evaluated(step, s):
+    """Whether a run is evaluated here: before it, after it, and every s.eval_every steps."""
+    return step in (0, s.steps) or (s.eval_every > 0 and step % s.eval_every == 0)
+
+
 def evaluate_step(model, tokenizer, held_out, s, step, folder, board):
     """Evaluate; write a line of evals.jsonl, say it, and return it."""
     prompts, golds = [p["prompt"] for p in held_out], [p["answer"] for p in held_out]
