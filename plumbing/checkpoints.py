@@ -84,6 +84,7 @@ def resumed_settings(s, given: dict, resume):
         clash -= {"steps"}  # the warmup is the same however many steps follow
     if clash:
         said = ", ".join(f"{k} = {stored[k]} and not {given[k]}" for k in sorted(clash))
+        said += " (another number of steps, another schedule)" * ("steps" in clash)
         raise UserError(f"{folder} was run with {said}: leave these away, or start another run")
     return replace(s, **stored | given | dict(out=str(folder)))
 
