@@ -169,6 +169,7 @@ def main():
             with whole_step():  # what changes parameters or writes is done, or not begun
                 optimizer.param_groups[0]["lr"] = lr = lr_at(step, s)
                 metrics, known, _ = update(model, optimizer, r, advantages, s, compare)
+                metrics["skipped"] |= not math.isfinite(metrics["entropy"])  # of a broken policy
                 done, ended = step, time.perf_counter()
 
                 speed = metrics["completion_tokens"] / (ended - started)

@@ -165,7 +165,9 @@ def cut_back(folder, step):
     names = ("metrics.jsonl", "evals.jsonl", "samples.jsonl")
     kept = [[row for row in read_rows(folder / name) if row["step"] <= step] for name in names]
     if [row["step"] for row in kept[0]] != list(range(1, step + 1)) or (step > 0 and not kept[1]):
-        raise UserError(f"{folder}: metrics.jsonl or evals.jsonl lacks lines up to step {step}")
+        raise UserError(
+            f"{folder}: metrics.jsonl or evals.jsonl lacks steps up to {step}: put it back"
+        )
     for name, rows in zip(names, kept, strict=True):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         files.write_whole(folder / name, text.encode())

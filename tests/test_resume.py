@@ -397,7 +397,7 @@ LOST = [("trainer.*", None, "trainer.safetensors is missing")]
 LOST += [("trainer.*", b"\0" * 100, "trainer.safetensors is missing or damaged")]
 LOST += [("config.json", None, "no config.json"), ("config.json", b"{", "config.json")]
 LOST += [("config.json", b'{"settings": {"lr": 1}}', "config.json does not hold")]
-LOST += [("metrics.jsonl", None, "lacks lines"), ("evals.jsonl", None, "lacks lines")]
+LOST += [("metrics.jsonl", None, "lacks steps"), ("evals.jsonl", None, "lacks steps")]
 LOST += [("metrics.jsonl", b'{"step": \n{"step": 2}\n', "metrics.jsonl, line 1")]
 
 
@@ -435,6 +435,17 @@ def test_gradients_that_are_not_finite_end_a_run(flags, tmp_path):
     assert step == 3 and all(x.isfinite().all() for x in tensors.values())
     adapter = lora_parameters(load_adapter(load_model(TINY), folder / "adapter"))
     assert all(p.isfinite().all() for p in adapter.values())
+
+
+def test_a_broken_policy_is_noticed_though_nothing_has_a_gradient(flags, tmp_path):
+    """Log-probs that are not numbers earn no reward, so there is no loss that could be nan: such a
+    run went on to its end, and replaced its good checkpoints."""
+    folder = tmp_path / "run"
+    code, said = finish(folder, [*flags, "--steps", 20, "--lr", 1e30])
+    assert one_error(code, said) and "5 steps in a row" in said
+    assert [row["skipped"] for row in rows(folder)] == [0, 1, 1, 1, 1, 1]
+    tensors, step = checkpoints.newest_checkpoint(folder)
+    assert step == 0 and max(x.abs().max() for x in tensors.values()) < 10
 
 
 def test_tensorboard_gets_every_number_once(flags, monkeypatch, capsys, tmp_path):
