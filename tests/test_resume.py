@@ -40,17 +40,22 @@ PHASES = {"sampling": 0.1, "update": 0.1, "saving": 0.02, "evaluation": 0.1}  # 
 # ---- Processes -----------------------------------------------------------------------------------
 
 
-def telling(phase, call, pipe):
-    """`call`, but the pipe is told first which phase begins."""
+def telling(phase, call, pipe, moment):
+    """`call`, but the pipe is told first which phase begins. At a moment (folder, phase, steps,
+    signal) the process gets that signal, 5 ms into the phase, if so many steps are done."""
 
     def told(*args):
         pipe.send(phase)
+        first = signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+        if moment and first and phase == moment[1] and len(rows(moment[0])) >= moment[2]:
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), moment[3]))
+            signal.setitimer(signal.ITIMER_REAL, 0.005)
         return call(*args)
 
     return told
 
 
-def child(flags, log, pipe, limit, breaks):
+def child(flags, log, pipe, moment, limit, breaks):
     """train.py with these flags on one thread; its output goes to a file, and no file may grow over
     `limit` bytes. With `breaks`, gradients are not finite from that step on."""
     with open(log, "wb") as file:
@@ -58,10 +63,10 @@ def child(flags, log, pipe, limit, breaks):
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    train.rollout = telling("sampling", train.rollout, pipe)
-    train.update = telling("update", train.update, pipe)
-    train.save = checkpoints.save = telling("saving", train.save, pipe)
-    run.evaluate_step = telling("evaluation", run.evaluate_step, pipe)
+    train.rollout = telling("sampling", train.rollout, pipe, moment)
+    train.update = telling("update", train.update, pipe, moment)
+    train.save = checkpoints.save = telling("saving", train.save, pipe, moment)
+    run.evaluate_step = telling("evaluation", run.evaluate_step, pipe, moment)
     if breaks:
         advantages = train.group_advantages
         steps = iter(range(10**6))  # the first call only checks the name
@@ -71,14 +76,14 @@ def child(flags, log, pipe, limit, breaks):
     run_cli(train.main)
 
 
-def start(folder, flags, limit=resource.RLIM_INFINITY, breaks=0):
+def start(folder, flags, moment=None, limit=resource.RLIM_INFINITY, breaks=0):
     """A process that begins the run in this folder, or goes on with it, and a pipe from it."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["train", "torch._dynamo"])  # which torch.device imports
     pipe, theirs = forks.Pipe()
     more = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
-    log = folder.with_suffix(".log")
-    process = forks.Process(target=child, args=([*flags, *more], log, theirs, limit, breaks))
+    arguments = [*flags, *more], folder.with_suffix(".log"), theirs, moment, limit, breaks
+    process = forks.Process(target=child, args=arguments)
     process.start()
     theirs.close()
     return process, pipe
@@ -91,19 +96,24 @@ def finish(folder, flags, **how):
     return process.exitcode, folder.with_suffix(".log").read_text()
 
 
-def interrupt(folder, flags, phase, steps=0, delay=0.0, number=signal.SIGKILL):
-    """Send a signal to a run when it is in a phase, `steps` steps being in metrics.jsonl; returns
-    the exit code, which is 0 if it ended before."""
+def stop(folder, flags, phase, steps, number=signal.SIGKILL):
+    """Have a run get a signal in a phase after so many steps; returns its exit code."""
+    return finish(folder, flags, moment=(folder, phase, steps, number))[0]
+
+
+def kill(folder, flags, phase, steps, delay):
+    """Kill a run from outside, some seconds after a phase began after so many steps; returns
+    whether it had not ended before."""
     process, pipe = start(folder, flags)
     try:
         while pipe.recv() != phase or len(rows(folder)) < steps:
             pass
         time.sleep(delay)
-        os.kill(process.pid, number)
-    except (EOFError, ProcessLookupError):
+        process.kill()
+    except EOFError:
         pass  # it has ended
     process.join()
-    return process.exitcode
+    return process.exitcode != 0
 
 
 def rows(folder, name="metrics.jsonl"):
@@ -143,7 +153,7 @@ def whole(flags, tmp_path_factory):
 @pytest.fixture(scope="module")
 def killed_once(flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "killed"
-    assert interrupt(folder, flags, "update", steps=4) == -signal.SIGKILL
+    assert stop(folder, flags, "update", 4) == -signal.SIGKILL
     return folder
 
 
@@ -165,7 +175,7 @@ def kill_often(folder, flags, kills, steps, delays, seed):
         at = int((i + rng.random()) * steps / (kills - 3))
         moments.append((["sampling", "update", "saving"][i % 3], at))
     for phase, at in [*moments, ("evaluation", steps)]:
-        died += interrupt(folder, flags, phase, at, rng.uniform(0, delays[phase])) != 0
+        died += kill(folder, flags, phase, at, rng.uniform(0, delays[phase]))
         print(f"{died} kills; in {phase} after {len(rows(folder))} steps", flush=True)
     return died
 
@@ -173,7 +183,7 @@ def kill_often(folder, flags, kills, steps, delays, seed):
 def test_killed_runs_end_as_if_nothing_had_happened(flags, whole, tmp_path):
     """State that no checkpoint holds, a line twice or half, a checkpoint that is not one."""
     folder = tmp_path / "run"
-    assert kill_often(folder, flags, 6, 6, PHASES, seed=1) >= 5
+    assert kill_often(folder, flags, 6, 6, PHASES, seed=1) >= 4
     code, said = finish(folder, flags)
     assert code == 0, said
     assert outcome(folder) == outcome(whole)
@@ -278,7 +288,7 @@ def test_ctrl_c_and_sigterm_lose_no_step(flags, whole, tmp_path):
     moments = [("evaluation", 0, signal.SIGINT, 0), ("sampling", 1, signal.SIGTERM, 1)]
     moments += [("update", 1, signal.SIGINT, 2), ("saving", 2, signal.SIGTERM, 3)]
     for phase, steps, number, done in [*moments, ("evaluation", 6, signal.SIGINT, 6)]:
-        assert interrupt(folder, flags, phase, steps, 0.005, number) == 128 + number
+        assert stop(folder, flags, phase, steps, number) == 128 + number
         *before, last = folder.with_suffix(".log").read_text().splitlines()
         assert "Traceback" not in "".join(before)
         said = f"step {done} is saved, python train.py --resume {folder} goes on"
@@ -458,7 +468,7 @@ def test_tensorboard_gets_every_number_once(flags, monkeypatch, capsys, tmp_path
         pytest.skip("tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert interrupt(folder, flags, "update", steps=3, delay=0.05) == -signal.SIGKILL
+    assert stop(folder, flags, "update", 3) == -signal.SIGKILL
     assert finish(folder, flags)[0] == 0
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
