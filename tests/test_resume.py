@@ -488,8 +488,9 @@ def main():
     s, folder = parser.parse_args(), Path(tempfile.mkdtemp())
     assert finish(folder / "whole", [])[0] == 0
     delays = dict(sampling=1.0, update=1.0, saving=0.05, evaluation=4.0)
-    kill_often(folder / "killed", [], s.kills, train.Settings().steps, delays, s.seed)
-    assert finish(folder / "killed", [])[0] == 0
+    often = ["--save-every", 4]  # or each kill would cost ten steps
+    kill_often(folder / "killed", often, s.kills, train.Settings().steps, delays, s.seed)
+    assert finish(folder / "killed", often)[0] == 0
     same = outcome(folder / "whole") == outcome(folder / "killed")
     print("equal" if same else f"DIFFERENT: see {folder}")
     return 0 if same else 1
