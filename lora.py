@@ -14,9 +14,17 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from plumbing.files import UserError, check_size, check_tensors, checked, read_json, read_tensors
+from plumbing.files import (
+    UserError,
+    check_size,
+    check_tensors,
+    checked,
+    read_json,
+    read_tensors,
+    write_whole,
+)
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # what PEFT puts before each of our names
@@ -116,10 +124,10 @@ def save_adapter(model, folder, base_model=""):
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base_model))
     config.update(r=one.rank, lora_alpha=one.alpha, lora_dropout=one.dropout.p, bias="none")
     config.update(use_rslora=one.rslora, target_modules=sorted(layers if last & plain else last))
-    tensors = {name: p.detach().cpu().contiguous() for name, p in lora_parameters(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_whole(folder / "adapter_config.json", f"{json.dumps(config, indent=2)}\n".encode())
+    tensors = {name: p.detach().cpu().contiguous() for name, p in lora_parameters(model).items()}
+    write_whole(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
 
 
 def load_adapter(model, folder):

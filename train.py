@@ -10,10 +10,15 @@ its folder: config.json, metrics.jsonl, evals.jsonl, samples.jsonl, adapter/, tr
 
 import argparse
 import math
+import signal
 import sys
 import time
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
+
+if __name__ == "__main__":  # until run_cli takes over: no traceback of an import that Ctrl-C hit
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from tqdm import tqdm
@@ -21,10 +26,11 @@ from tqdm import tqdm
 import credit
 from data.problems import load_split, problems_of_step
 from grpo import group_advantages, rollout, update
-from lora import add_lora, load_adapter, lora_parameters
+from lora import add_lora, lora_parameters
 from plumbing import run
+from plumbing.checkpoints import begin, resumed_settings, save, whole_step
 from plumbing.cli import FLAGS, load_base
-from plumbing.files import UserError, append, read_json, read_rows, run_cli
+from plumbing.files import UserError, read_rows, run_cli
 
 
 def setting(default, help):
@@ -49,7 +55,7 @@ class Settings:
     eval_samples: int = setting(4, "samples a problem for pass@k; 0 for greedy only")
     eval_every: int = setting(0, "steps between evaluations; 0 for before and after only")
     # rollouts
-    steps: int = setting(80, "updates")
+    steps: int = setting(80, "updates; with --resume more only in the warmup, whose lr is the same")
     prompts: int = setting(16, "problems a step")
     samples: int = setting(8, "completions a problem")
     max_prompt_tokens: int = setting(512, "problems with a longer prompt are left out")
@@ -77,6 +83,8 @@ class Settings:
     dtype: str = setting(*FLAGS["dtype"])
     out: str = setting("", "the run folder; default: runs/ and what the run does")
     save_every: int = setting(20, "steps between checkpoints")
+    keep: int = setting(2, "checkpoints to keep, should the newest get damaged")
+    tensorboard: bool = setting(False, "write events for TensorBoard too (pip install tensorboard)")
     compare_rules: bool = setting(False, "compare all rules at every step, not at every tenth")
 
 
@@ -90,7 +98,8 @@ PRESETS = {"": {}, "paper": PAPER}
 def parse_settings():
     """(settings, whether to resume): defaults, then the preset, then the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    text = "go on with this run, or with that in --out, or with the newest of its name"
+    parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER", help=text)
     for f in fields(Settings):
         options = dict(type=type(f.default), metavar=repr(f.default))
         options = dict(action="store_true") if isinstance(f.default, bool) else options
@@ -100,13 +109,10 @@ def parse_settings():
     resume, preset = given.pop("resume"), given.get("preset", "")
     if preset not in PRESETS:
         raise UserError(f"no preset {preset!r}: the only one is 'paper'")
-    s = Settings(**PRESETS[preset] | given)
-    if resume:  # the run's own settings hold; a flag may repeat them, not contradict them
-        stored = read_json(Path(s.out) / "config.json")["settings"]
-        for name in given.keys() - {"out", "device"}:
-            if stored.get(name) != given[name]:
-                raise UserError(f"{s.out} has {name} = {stored.get(name)}, not {given[name]}")
-        s = Settings(**stored | dict(out=s.out, device=s.device))
+    given = PRESETS[preset] | given
+    s = Settings(**given)
+    if resume is not None:
+        s = resumed_settings(s, given, resume)
     credit.needs(s.credit)  # a UserError if there is no such rule, and so on
     group_advantages(torch.zeros(1, 2), s.advantage)
     if s.aggregate not in ("seq", "token"):
@@ -116,11 +122,13 @@ def parse_settings():
     if s.samples < 2:
         raise UserError("GRPO compares the samples of a problem: use --samples 2 or more")
     positive = "rank alpha lr steps prompts updates max_prompt_tokens max_new_tokens eval_problems"
-    positive += " micro_tokens save_every temperature top_p sharpening grad_clip"
+    positive += " micro_tokens save_every keep temperature top_p sharpening grad_clip"
     for name in positive.split():
         if not 0 < getattr(s, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)} is not positive")
-    return s, resume
+    if s.tensorboard and not find_spec("tensorboard"):
+        raise UserError("--tensorboard needs what is not installed here: pip install tensorboard")
+    return s, resume is not None
 
 
 def lr_at(step, s: Settings):
@@ -135,51 +143,57 @@ def main():
     model, tokenizer = load_base(s)
     model.checkpoint = s.checkpoint
     train, held_out, note = load_split(s, tokenizer)
-    folder = run.open_run(s, resume)
-    if resume:
-        load_adapter(model, folder / "adapter")
-    else:
-        add_lora(model, s.rank, s.alpha, seed=s.seed)
-        run.write_config(folder, s, model)
+    add_lora(model, s.rank, s.alpha, seed=s.seed)
     trained = list(lora_parameters(model).values())
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, s.beta2), weight_decay=0.0)
-    done = run.restore(folder, optimizer) if resume else 0
-    history = read_rows(folder / "metrics.jsonl")
+    folder = Path(s.out) if resume else run.new_run(s, model)
+    done = begin(folder, model, optimizer, s)
+    history, evals = (read_rows(folder / name) for name in ("metrics.jsonl", "evals.jsonl"))
+    if history and evals[-1]["step"] == s.steps:
+        return print(f"{folder} has finished its {s.steps} steps: nothing is left to do")
+    board = run.open_board(s, folder, done)
     print(f"{s.credit} on {s.model}: {sum(p.numel() for p in trained):,} LoRA parameters, {note}")
-    print(f"run folder {folder}", flush=True)
-    if not read_rows(folder / "evals.jsonl"):
-        run.save(folder, model, optimizer, 0, s)
-        run.evaluate_step(model, tokenizer, held_out, s, 0, folder)
-    accuracy = read_rows(folder / "evals.jsonl")[-1]["greedy"]
+    print(f"run folder {folder}" + f", going on after step {done}" * resume, flush=True)
+
+    def evaluate(step):  # unless a run that was interrupted had it done
+        if run.is_evaluated(step, s) and (not evals or evals[-1]["step"] < step):
+            evals.append(run.evaluate_step(model, tokenizer, held_out, s, step, folder, board))
 
     bar = tqdm(range(done + 1, s.steps + 1), disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    for step in bar:
-        started = time.perf_counter()
-        problems = problems_of_step(train, s.prompts, s.seed, step)
-        ends = step == s.steps or (s.eval_every > 0 and step % s.eval_every == 0)
-        compare = s.compare_rules or ends or step % 10 == 1
-        r = rollout(model, tokenizer, problems, s, step, compare)
-        sampled = time.perf_counter()
-        advantages = group_advantages(r.rewards, s.advantage).flatten()  # (B,)
-        optimizer.param_groups[0]["lr"] = lr = lr_at(step, s)
-        metrics, known, _ = update(model, optimizer, r, advantages, s, compare)
-        ended = time.perf_counter()
+    try:
+        evaluate(done)
+        for step in bar:
+            started = time.perf_counter()
+            problems = problems_of_step(train, s.prompts, s.seed, step)
+            compare = s.compare_rules or run.is_evaluated(step, s) or step % 10 == 1
+            r = rollout(model, tokenizer, problems, s, step, compare)
+            sampled = time.perf_counter()
+            advantages = group_advantages(r.rewards, s.advantage).flatten()  # (B,)
+            with whole_step():  # what changes parameters or writes is done, or not begun
+                optimizer.param_groups[0]["lr"] = lr = lr_at(step, s)
+                metrics, known, _ = update(model, optimizer, r, advantages, s, compare)
+                metrics["skipped"] |= not math.isfinite(metrics["entropy"])  # of a broken policy
+                done, ended = step, time.perf_counter()
 
-        speed = metrics["completion_tokens"] / (ended - started)
-        metrics = dict(step=step) | metrics | dict(lr=lr, tokens_per_second=speed)
-        metrics.update(seconds_rollout=sampled - started, seconds_verify=r.seconds_verify)
-        metrics["seconds_update"] = ended - sampled
-        append(folder / "metrics.jsonl", metrics)
-        history.append(metrics)
-        run.show(bar, metrics, accuracy)
-        run.warn(history, model)
-        if compare:
-            run.keep_samples(r, known, s, tokenizer, step, folder)
-        if ends:
-            accuracy = run.evaluate_step(model, tokenizer, held_out, s, step, folder)
-        if step == s.steps or step % s.save_every == 0:
-            run.save(folder, model, optimizer, step, s)
-    run.summary(folder, history, s)
+                speed = metrics["completion_tokens"] / (ended - started)
+                metrics = dict(step=step) | metrics | dict(lr=lr, tokens_per_second=speed)
+                metrics.update(seconds_rollout=sampled - started, seconds_verify=r.seconds_verify)
+                metrics["seconds_update"] = ended - sampled
+                run.record(folder / "metrics.jsonl", metrics, board)
+                history.append(metrics)
+                run.show(bar, metrics, evals[-1]["greedy"])
+                run.warn(history, model)
+                if compare:
+                    run.keep_samples(r, known, s, tokenizer, step, folder)
+                due = run.is_evaluated(step, s) or step % s.save_every == 0
+                if due and (step == s.steps or not metrics["skipped"]):
+                    save(folder, model, optimizer, step, s)
+            evaluate(step)
+    except KeyboardInterrupt as stop:  # whatever was in flight is dropped
+        save(folder, model, optimizer, done, s)
+        said = f"step {done} is saved, python train.py --resume {folder} goes on"
+        raise KeyboardInterrupt(*stop.args, said) from None
+    run.summary(folder, history, evals, s)
 
 
 if __name__ == "__main__":

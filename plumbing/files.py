@@ -4,9 +4,13 @@ Whatever the user gave that cannot be used ends in a UserError: one line, exit c
 """
 
 import json
+import os
 import re
+import signal
 import sys
 import unicodedata
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -31,18 +35,30 @@ def printable(text, signs=None) -> str:
 
 
 def run_cli(main):
-    """Run a command line. What the user or the machine got wrong is one line, and exit code 2."""
+    """Run a command line. What the user or the machine got wrong is one line, and exit code 2; with
+    Ctrl-C or SIGTERM it is 130 or 143."""
     sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows a ? for what it lacks
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    code = 2
     try:
         return main()
+    except KeyboardInterrupt as stop:
+        number, *said = stop.args
+        line, code = ": ".join(["stopped", *said]), 128 + number
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        line = " ".join(str(error).split())
+        line = "error: " + " ".join(str(error).split())
         if not isinstance(error, (UserError, OSError)):
             if isinstance(error, RuntimeError) and "memory" not in line:
                 raise
             line = "out of memory: lower --micro-tokens, --samples, --prompts or --max-new-tokens"
-    print("error:", printable(line[:1000]), file=sys.stderr)
-    sys.exit(2)
+            line = f"error: {line}"
+    print(printable(line[:1000]), file=sys.stderr)
+    sys.exit(code)
+
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt(number)
 
 
 def hub_fault(error, repo, revision):
@@ -167,12 +183,57 @@ def check_size(found: dict, numbers, folder):
         raise UserError(f"{folder}: lora_A or lora_B is missing, or smaller than the config says")
 
 
+@contextmanager
+def writing(path):
+    """Inside, what keeps this file from being written is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"cannot write {path} ({why}): mend that, then --resume goes on") from None
+
+
 def append(path, row):
     """Add a line of JSON; floats keep 6 significant digits."""
     row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read_rows(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """What `append` wrote there, each row with its step; a last line that a crash tore is none."""
+    lines, rows = path.read_bytes().splitlines() if path.exists() else [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append(dict(row, step=int(row["step"])))
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                raise UserError(f"{path}, line {number} is damaged: mend it") from None
+    return rows
+
+
+def sync(path):
+    """Put what was written to a file or folder on the disk, before anything that comes later."""
+    place = os.open(path, os.O_RDONLY)
+    os.fsync(place)
+    os.close(place)
+
+
+def write_whole(path, data: bytes, keep=1):
+    """Write a file such that whoever looks, after a crash too, finds the old or the new one, whole.
+    The `keep` - 1 before it stay, as path.1 (the newest), path.2, ..."""
+    ends = [".part", "", *(f".{n}" for n in range(1, keep))]
+    part, *names = (path.with_name(path.name + end) for end in ends)
+    with writing(path):
+        part.write_bytes(data)
+        sync(part)
+        for older, newer in pairwise(reversed(names)):
+            if newer.exists():
+                os.replace(newer, older)
+        os.replace(part, path)
+        sync(path.parent)
+
+
+def write_json(path, value: dict):
+    write_whole(path, f"{json.dumps(value, indent=2)}\n".encode())

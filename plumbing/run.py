@@ -1,7 +1,5 @@
 """A run of train.py beside its loop: the run folder, and what the user sees on the way."""
 
-import json
-import os
 import platform
 import subprocess
 import sys
@@ -9,27 +7,32 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from credit import METHODS, token_weights
 from eval_math import evaluate, rates, with_interval
-from lora import lora_parameters, save_adapter
-from plumbing.files import UserError, append, printable, read_rows, read_tensors
+from lora import lora_parameters
+from plumbing.files import UserError, append, printable, write_json
 
 # ---- The run folder ------------------------------------------------------------------------------
 
 
-def open_run(s, resume) -> Path:
-    """The run folder. One that holds a run is never written into, unless that run is resumed."""
-    if s.out and (Path(s.out) / "config.json").exists() and not resume:
+def run_name(s) -> str:
+    """What a run is called that is given no --out: by what it does."""
+    return "-".join([s.credit, Path(s.model).name, Path(s.data).stem, f"seed{s.seed}"])
+
+
+def new_run(s, model) -> Path:
+    """A run folder with its config.json. One that holds a run is never written into."""
+    if any(Path(s.out, name).exists() for name in ("config.json", "trainer.safetensors") if s.out):
         raise UserError(f"{s.out} holds a run: give another --out, or --resume to go on with it")
-    name = "-".join([s.credit, Path(s.model).name, Path(s.data).stem, f"seed{s.seed}"])
-    folder, count = Path(s.out or f"runs/{name}"), 1
+    name, count = run_name(s), 1
+    folder = Path(s.out or f"runs/{name}")
     while not s.out and folder.exists():
         count += 1
         folder = Path(f"runs/{name}-{count}")
     folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, s, model)
     return folder
 
 
@@ -44,45 +47,45 @@ def write_config(folder, s, model):
     count = {name: sum(p.numel() for p in parameters) for name, parameters in both.items()}
     config = dict(settings=asdict(s), argv=sys.argv, git=revision, parameters=count)
     config["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
 
 
-def save(folder, model, optimizer, step, s):
-    """adapter/ and trainer.safetensors: with the settings, the whole state of a run."""
-    save_adapter(model, folder / "adapter", s.model)
-    states = optimizer.state_dict()["state"]  # by the place of a parameter in lora_parameters
-    state = {f"{i}.{key}": value for i, values in states.items() for key, value in values.items()}
-    save_file(state, folder / "trainer.tmp", metadata=dict(step=str(step)))
-    os.replace(folder / "trainer.tmp", folder / "trainer.safetensors")
+def open_board(s, folder, step):
+    """A TensorBoard writer, if asked for. What it has of steps after this one is taken back."""
+    if not s.tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # optional, and for this only
+
+    return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
 
-def restore(folder, optimizer) -> int:
-    """Give the optimizer back what `save` wrote; returns the step, and cuts the lines after it."""
-    state = optimizer.state_dict()
-    tensors, about = read_tensors(folder / "trainer.safetensors")
-    for name, tensor in tensors.items():
-        i, key = name.split(".")
-        state["state"].setdefault(int(i), {})[key] = tensor
-    step = int(about["step"])
-    optimizer.load_state_dict(state)
-    for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl"):
-        kept = [json.dumps(row) for row in read_rows(folder / name) if row["step"] <= step]
-        (folder / name).write_text("".join(line + "\n" for line in kept))
-    return step
+def record(path, row, board):
+    """Add a line to a JSONL file, and its numbers to TensorBoard if it is used."""
+    append(path, row)
+    if board:
+        for key, value in row.items():
+            if isinstance(value, (int, float)):
+                board.add_scalar(f"{path.stem}/{key}", value, row["step"])
+        board.flush()
 
 
 # ---- What the user sees --------------------------------------------------------------------------
 
 
-def evaluate_step(model, tokenizer, held_out, s, step, folder):
-    """Evaluate; write a line of evals.jsonl, say it, and return the greedy accuracy."""
+def is_evaluated(step, s):
+    """Whether a run is evaluated here: before it, after it, and every s.eval_every steps."""
+    return step in (0, s.steps) or (s.eval_every > 0 and step % s.eval_every == 0)
+
+
+def evaluate_step(model, tokenizer, held_out, s, step, folder, board):
+    """Evaluate; write a line of evals.jsonl, say it, and return it."""
     prompts, golds = [p["prompt"] for p in held_out], [p["answer"] for p in held_out]
     sampling = (s.eval_samples, s.max_new_tokens, s.temperature, s.top_p, s.seed)
     result, _ = evaluate(model, tokenizer, prompts, golds, *sampling)
-    append(folder / "evals.jsonl", dict(step=step) | result)
+    record(folder / "evals.jsonl", dict(step=step) | result, board)
     said = [f"{key} {with_interval(result, key)}" for key in rates(result)]
     tqdm.write(f"step {step:4d}  held-out {', '.join(said)}, {result['n']} problems")
-    return result["greedy"]
+    return dict(step=step) | result
 
 
 def numbers(x, row, n) -> list[float]:
@@ -147,9 +150,8 @@ def warn(history, model):
             tqdm.write("WARNING: LoRA's B is still zero after 3 steps: no gradient reaches it")
 
 
-def summary(folder, history, s):
+def summary(folder, history, evals, s):
     """The table at the end of a run."""
-    evals = read_rows(folder / "evals.jsonl")
     mean = lambda key, rows: sum(row[key] for row in rows) / max(1, len(rows))  # noqa: E731
     print(f"\n{'':22}{'before':>23}{'after':>23}")
     for key in rates(evals[0]):

@@ -2,22 +2,20 @@
 
 import json
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from credit import METHODS
 from data.problems import problems_of_step
 from plumbing.files import run_cli
-from plumbing.run import open_run
+from plumbing.run import new_run
 
 HOUSE = Path(__file__).parent.parent
-TIMING = {"seconds_rollout", "seconds_verify", "seconds_update", "tokens_per_second"}
 SMALL = "--steps 4 --prompts 3 --samples 3 --max-new-tokens 48 --eval-problems 8 --eval-samples 2"
 SMALL = f"{SMALL} --save-every 2".split()
 
@@ -31,10 +29,6 @@ def start(*flags):
 
 def rows(folder, name="metrics.jsonl"):
     return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
-
-
-def untimed(folder):
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +45,8 @@ def test_run_folder(run):
     """The run folder's format is what other tools read; a missing file or key breaks them."""
     folder, out, err = run
     names = {"config.json", "metrics.jsonl", "evals.jsonl", "samples.jsonl", "adapter"}
-    assert names | {"trainer.safetensors"} == {path.name for path in folder.iterdir()}
+    names |= {"trainer.safetensors", "trainer.safetensors.1"}  # the newest checkpoint, and one more
+    assert names == {path.name for path in folder.iterdir()}
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["credit"] == "arca" and config["settings"]["prompts"] == 3
     sides = 2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 384)  # q and o, k and v, the MLP's three
@@ -107,24 +102,6 @@ def test_every_metric_is_in_the_glossary(run):
     assert not {key for key in keys if f"`{key}`" not in readme and f"`{key}/" not in readme}
 
 
-def test_killed_run_resumes_to_the_same_numbers(run, tmp_path):
-    """A resume that loses optimizer state or the order of problems is another run in disguise."""
-    folder = tmp_path / "killed"
-    process = start("--out", folder, "--compare-rules", "--steps", 4)
-    while not (folder / "metrics.jsonl").exists() or len(rows(folder)) < 3:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    process = start("--out", folder, "--resume")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert untimed(folder) == untimed(run[0])
-    assert rows(folder, "evals.jsonl") == rows(run[0], "evals.jsonl")
-    name = "adapter/adapter_model.safetensors"
-    assert (folder / name).read_bytes() == (run[0] / name).read_bytes()
-
-
 def cli(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *map(str, flags)])
     with pytest.raises(SystemExit) as stop:
@@ -154,6 +131,8 @@ BAD_LINE = '{"problem": "1+1?", "answer": 2}\n{"problem": "no gold"}\n'
         (["--rank", 0], "--rank"),
         (["--out", "{run}"], "--resume"),
         (["--out", "{run}", "--resume", "--lr", 1], "lr = 0.002"),
+        (["--resume"], "no run runs/"),
+        (["--keep", 0], "--keep"),
         (["--out", "{new}", "--resume"], "config.json"),
         (["--out", "{bad}/run"], "Not a directory"),
     ],
@@ -175,7 +154,7 @@ def test_runs_name_themselves(monkeypatch, tmp_path):
     """Two runs of the same command must not write into one folder."""
     monkeypatch.chdir(tmp_path)
     s = train.Settings(credit="uniform", seed=3)
-    names = [open_run(s, resume=False).name for _ in range(3)]
+    names = [new_run(s, torch.nn.Linear(1, 1)).name for _ in range(3)]
     assert names == ["uniform-tiny-tiny-seed3" + end for end in ("", "-2", "-3")]
 
 
@@ -205,5 +184,5 @@ def test_help_names_every_setting():
     text = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True).stdout
     flags = "credit preset model data eval-data steps prompts samples max-prompt-tokens"
     flags += " max-new-tokens temperature top-p rank alpha lr sharpening advantage aggregate seed"
-    flags += " device out resume updates clip-low clip-high kl dtype"
+    flags += " device out resume updates clip-low clip-high kl dtype keep tensorboard"
     assert all(re.search(rf"--{flag}\s", text) for flag in flags.split())

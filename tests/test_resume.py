@@ -1,0 +1,500 @@
+"""A run is killed, stopped or fails, goes on, and ends as if nothing had happened.
+
+    PYTHONPATH=. python tests/test_resume.py --kills 20    # the default task, for half an hour
+
+Runs are real ones of train.main, in processes forked from one that has imported everything (torch
+takes seconds). Each says when it begins to sample, to update, to save or to evaluate, so that a
+kill can be aimed at any of these.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_model
+
+import train
+from data.problems import TINY
+from lora import load_adapter, lora_parameters
+from model import load_model
+from plumbing import checkpoints, files, run
+from plumbing.files import UserError, run_cli
+
+TIMING = {"seconds_rollout", "seconds_verify", "seconds_update", "tokens_per_second"}
+ADAPTER = "adapter/adapter_model.safetensors"
+SMALL = "--steps 6 --prompts 2 --samples 3 --max-new-tokens 16 --eval-problems 4 --eval-samples 2"
+SMALL = f"{SMALL} --save-every 2 --eval-every 3 --credit uniform --seed 2".split()
+PHASES = {"sampling": 0.1, "update": 0.1, "saving": 0.02, "evaluation": 0.1}  # and their seconds
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+
+def telling(phase, call, pipe, moment):
+    """`call`, but the pipe is told first which phase begins. At a moment (folder, phase, steps,
+    signal) the process gets that signal, 5 ms into the phase, if so many steps are done."""
+
+    def told(*args):
+        pipe.send(phase)
+        first = signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+        if moment and first and phase == moment[1] and len(rows(moment[0])) >= moment[2]:
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), moment[3]))
+            signal.setitimer(signal.ITIMER_REAL, 0.005)
+        return call(*args)
+
+    return told
+
+
+def child(flags, log, pipe, moment, limit, breaks):
+    """train.py with these flags on one thread; its output goes to a file, and no file may grow over
+    `limit` bytes. With `breaks`, gradients are not finite from that step on."""
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    train.rollout = telling("sampling", train.rollout, pipe, moment)
+    train.update = telling("update", train.update, pipe, moment)
+    train.save = checkpoints.save = telling("saving", train.save, pipe, moment)
+    run.evaluate_step = telling("evaluation", run.evaluate_step, pipe, moment)
+    if breaks:
+        advantages = train.group_advantages
+        steps = iter(range(10**6))  # the first call only checks the name
+        broken = lambda r, kind: advantages(r, kind) * (1 if next(steps) < breaks else torch.nan)  # noqa: E731
+        train.group_advantages = broken
+    sys.argv = ["train.py", *map(str, flags)]
+    run_cli(train.main)
+
+
+def start(folder, flags, moment=None, limit=resource.RLIM_INFINITY, breaks=0):
+    """A process that begins the run in this folder, or goes on with it, and a pipe from it."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["train", "torch._dynamo"])  # which torch.device imports
+    pipe, theirs = forks.Pipe()
+    more = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
+    arguments = [*flags, *more], folder.with_suffix(".log"), theirs, moment, limit, breaks
+    process = forks.Process(target=child, args=arguments)
+    process.start()
+    theirs.close()
+    return process, pipe
+
+
+def finish(folder, flags, **how):
+    """Run to the end; returns the exit code and what was printed."""
+    process, _ = start(folder, flags, **how)
+    process.join()
+    return process.exitcode, folder.with_suffix(".log").read_text()
+
+
+def stop(folder, flags, phase, steps, number=signal.SIGKILL):
+    """Have a run get a signal in a phase after so many steps; returns its exit code."""
+    return finish(folder, flags, moment=(folder, phase, steps, number))[0]
+
+
+def kill(folder, flags, phase, steps, delay):
+    """Kill a run from outside, some seconds after a phase began after so many steps; returns
+    whether it had not ended before."""
+    process, pipe = start(folder, flags)
+    try:
+        while pipe.recv() != phase or len(rows(folder)) < steps:
+            pass
+        time.sleep(delay)
+        process.kill()
+    except EOFError:
+        pass  # it has ended
+    process.join()
+    return process.exitcode != 0
+
+
+def rows(folder, name="metrics.jsonl"):
+    """The whole lines of a JSONL file."""
+    path = folder / name
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def outcome(folder):
+    """What has to be equal: metrics but for times, evaluations, samples and adapter to the byte."""
+    untimed = [{k: v for k, v in row.items() if k not in TIMING} for row in rows(folder)]
+    names = ("evals.jsonl", "samples.jsonl", ADAPTER, "adapter/adapter_config.json")
+    return untimed, *((folder / name).read_bytes() for name in names)
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """Flags of a short run on few problems, which are read faster."""
+    data = tmp_path_factory.mktemp("data") / "few.jsonl"
+    lines = (TINY / "train.jsonl").read_text(encoding="utf-8").splitlines()[:90]
+    data.write_text("".join(f"{line}\n" for line in lines))
+    return [*SMALL, "--data", data]
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """The folder of a run that nothing interrupted, and that learned something."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    code, said = finish(folder, flags)
+    assert code == 0, said
+    assert [row["step"] for row in rows(folder, "evals.jsonl")] == [0, 3, 6]
+    assert sum(row["groups_mixed"] > 0 for row in rows(folder)) > 2
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed_once(flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "killed"
+    assert stop(folder, flags, "update", 4) == -signal.SIGKILL
+    return folder
+
+
+@pytest.fixture
+def killed(killed_once, tmp_path):
+    """The folder of a run that was killed in step 5; it has the checkpoints of steps 4 and 3."""
+    return Path(shutil.copytree(killed_once, tmp_path / "run"))
+
+
+# ---- Killed --------------------------------------------------------------------------------------
+
+
+def kill_often(folder, flags, kills, steps, delays, seed):
+    """Kill a run in its first saving and evaluation, then at moments spread over its steps, then in
+    its last evaluation; returns the number of kills."""
+    rng, died = random.Random(seed), 0
+    moments = [("saving", 0), ("evaluation", 0)]
+    for i in range(kills - 3):
+        at = int((i + rng.random()) * steps / (kills - 3))
+        moments.append((["sampling", "update", "saving"][i % 3], at))
+    for phase, at in [*moments, ("evaluation", steps)]:
+        died += kill(folder, flags, phase, at, rng.uniform(0, delays[phase]))
+        print(f"{died} kills; in {phase} after {len(rows(folder))} steps", flush=True)
+    return died
+
+
+def test_killed_runs_end_as_if_nothing_had_happened(flags, whole, tmp_path):
+    """State that no checkpoint holds, a line twice or half, a checkpoint that is not one."""
+    folder = tmp_path / "run"
+    assert kill_often(folder, flags, 6, 6, PHASES, seed=1) >= 4
+    code, said = finish(folder, flags)
+    assert code == 0, said
+    assert outcome(folder) == outcome(whole)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+class Killed(BaseException):
+    """What stands for SIGKILL where a test does not want to lose its own process."""
+
+
+def crash_at(moment, monkeypatch):
+    """Have the moment-th write, sync or rename not happen, a write by half, nor anything after."""
+    left = iter(range(moment, -1, -1))
+
+    def instead(call, half=None):
+        def counted(*args):
+            if next(left) == 0:
+                if half:
+                    half(*args)
+                raise Killed
+            return call(*args)
+
+        return counted
+
+    write = Path.write_bytes
+    half = lambda path, data: write(path, data[: len(data) // 2])  # noqa: E731
+    monkeypatch.setattr(Path, "write_bytes", instead(write, half))
+    monkeypatch.setattr(os, "replace", instead(os.replace))
+    monkeypatch.setattr(os, "fsync", instead(os.fsync))
+
+
+def state(step):
+    """A model and an optimizer after a step, with values that tell steps apart."""
+    model = tiny_model(B=0.1 * step)
+    optimizer = torch.optim.AdamW(lora_parameters(model).values())
+    for p in lora_parameters(model).values():
+        p.grad = torch.full_like(p, step)
+    optimizer.step()
+    return model, optimizer
+
+
+def test_a_crash_while_saving_leaves_the_old_or_the_new(monkeypatch, tmp_path):
+    """An adapter of one step with the optimizer of another, or half a file, after a crash at any
+    write, sync or rename of a checkpoint."""
+    s = train.Settings(out=str(tmp_path), keep=2)
+    old, new = state(1), state(2)
+    moment, ended = 0, False
+    while not ended:
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        checkpoints.save(folder, *old, 1, s)
+        with monkeypatch.context() as patch:
+            crash_at(moment, patch)
+            try:
+                checkpoints.save(folder, *new, 2, s)
+                ended = True
+            except Killed:
+                pass
+        tensors, step = checkpoints.newest_checkpoint(folder)
+        model, optimizer = [old, new][step - 1]
+        for i, (name, p) in enumerate(lora_parameters(model).items()):
+            assert torch.equal(tensors[f"adapter.{name}"], p)
+            assert torch.equal(tensors[f"{i}.exp_avg"], optimizer.state[p]["exp_avg"])
+        adapter = lora_parameters(load_adapter(tiny_model(lora=False), folder / "adapter"))
+        held = [
+            all(map(torch.equal, adapter.values(), lora_parameters(m).values()))
+            for m in (old[0], new[0])
+        ]
+        assert any(held) and (held[0] or step == 2)
+        moment += 1
+    assert moment > 10 and step == 2 and held[1]
+
+
+def test_files_are_on_the_disk_before_they_count(monkeypatch, tmp_path):
+    """After a power cut a renamed file can be empty, if it was not synced before; its name can be
+    lost, if the folder was not synced after; and lines, if they were not before the checkpoint."""
+    seen = []
+    name = lambda descriptor: Path(os.readlink(f"/proc/self/fd/{descriptor}")).name  # noqa: E731
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda d: (seen.append(("sync", name(d))), fsync(d)))
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (seen.append(("name", Path(b).name)), replace(a, b))
+    )
+    files.append(tmp_path / "metrics.jsonl", dict(step=1))
+    checkpoints.save(tmp_path, *state(1), 1, train.Settings())
+    file = "trainer.safetensors"
+    order = [
+        ("sync", "metrics.jsonl"),
+        ("sync", f"{file}.part"),
+        ("name", file),
+        ("sync", tmp_path.name),
+    ]
+    assert seen[:4] == order
+
+
+# ---- Stopped -------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_and_sigterm_lose_no_step(flags, whole, tmp_path):
+    """A traceback, a step that was done and is lost, or one that is done twice."""
+    folder = tmp_path / "run"
+    moments = [("evaluation", 0, signal.SIGINT, 0), ("sampling", 1, signal.SIGTERM, 1)]
+    moments += [("update", 1, signal.SIGINT, 2), ("saving", 2, signal.SIGTERM, 3)]
+    for phase, steps, number, done in [*moments, ("evaluation", 6, signal.SIGINT, 6)]:
+        assert stop(folder, flags, phase, steps, number) == 128 + number
+        *before, last = folder.with_suffix(".log").read_text().splitlines()
+        assert "Traceback" not in "".join(before)
+        said = f"step {done} is saved, python train.py --resume {folder} goes on"
+        assert last == f"stopped: {said}" and len(rows(folder)) == done
+    assert finish(folder, flags)[0] == 0
+    assert outcome(folder) == outcome(whole)
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    """A user who waits for a step of minutes, or a handler that is left behind."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), checkpoints.whole_step():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# ---- Resumed -------------------------------------------------------------------------------------
+
+
+def resume(monkeypatch, capsys, *flags):
+    """Exit code and standard error of train.py with these flags."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    code = 0
+    try:
+        run_cli(train.main)
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr()
+
+
+def test_settings_that_change_the_result_are_all_listed(whole, monkeypatch, capsys):
+    """One setting after the other refused, or a curve that is half of one run, half of another."""
+    before = outcome(whole)
+    more = ["--lr", 1, "--seed", 7, "--steps", 9, "--save-every", 1]
+    code, said = resume(monkeypatch, capsys, "--resume", whole, *more)
+    assert code == 2 and said.err.count("\n") == 1 and "save_every" not in said.err
+    for clash in ("lr = 0.002 and not 1.0", "seed = 2 and not 7", "steps = 6 and not 9"):
+        assert clash in said.err
+    code, said = resume(monkeypatch, capsys, "--resume", whole, "--preset", "paper")
+    assert code == 2 and "rank = 16 and not 64" in said.err
+    code, said = resume(monkeypatch, capsys, "--resume", whole, "--out", "elsewhere")
+    assert code == 2 and "two runs" in said.err and outcome(whole) == before
+
+
+def test_a_finished_run_says_so(whole, monkeypatch, capsys):
+    """A finished run that is trained on, or an error where nothing is wrong."""
+    before = outcome(whole)
+    for flags in (["--resume", whole], ["--out", whole, "--resume"]):
+        code, said = resume(monkeypatch, capsys, *flags)
+        assert code == 0 and "has finished its 6 steps" in said.out and said.out.count("\n") == 1
+    assert outcome(whole) == before
+
+
+def test_steps_may_be_raised_during_the_warmup(flags, killed, tmp_path, monkeypatch, capsys):
+    """The cosine of a longer run is another, so what it would have learned is not what was."""
+    longer = [*flags, "--steps", 7]
+    assert finish(killed, longer)[0] == finish(tmp_path / "long", longer)[0] == 0
+    assert outcome(killed) == outcome(tmp_path / "long")
+    code, said = resume(monkeypatch, capsys, "--resume", killed, "--steps", 8)
+    assert code == 2 and "steps = 7 and not 8" in said.err
+
+
+def test_resume_finds_the_newest_run_of_its_name(monkeypatch, tmp_path):
+    """The run of another seed or rule, or an older one, being gone on with."""
+    monkeypatch.chdir(tmp_path)
+    name = "uniform-tiny-tiny-seed1"
+    for begun, folder in enumerate([name, f"{name}-2", f"{name}0", f"x{name}", f"{name}-x"]):
+        config = tmp_path / "runs" / folder / "config.json"
+        config.parent.mkdir(parents=True)
+        config.write_text("{}")
+        os.utime(config, (begun, begun))
+    Path(f"runs/{name}-3").mkdir()  # in which nothing has begun
+    assert checkpoints.find_run(train.Settings(credit="uniform"), "") == Path(f"runs/{name}-2")
+    assert checkpoints.find_run(train.Settings(), "some/run") == Path("some/run")
+    with pytest.raises(UserError, match="no run runs/arca"):
+        checkpoints.find_run(train.Settings(), "")
+
+
+# ---- Faults --------------------------------------------------------------------------------------
+
+
+def one_error(code, said):
+    """Whether a run ended in one line, and code 2."""
+    return code == 2 and said.count("error: ") == 1 and "Traceback" not in said
+
+
+def test_a_full_disk_costs_no_checkpoint(flags, whole, tmp_path):
+    """A good checkpoint overwritten by half of one; here no file may grow over the limit."""
+    folder = tmp_path / "run"
+    code, said = finish(folder, flags, limit=10**6)  # the adapter fits, the optimizer's state not
+    assert one_error(code, said) and "cannot write" in said and "trainer.safetensors" in said
+    assert len(rows(folder)) == 2 and checkpoints.newest_checkpoint(folder)[1] == 0
+    assert finish(folder, flags)[0] == 0
+    assert outcome(folder) == outcome(whole)
+
+
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(flags, whole, killed):
+    """A flipped bit in a weight that nobody ever sees, or a run lost for one bad file."""
+    path, rng = killed / "trainer.safetensors", random.Random(0)
+    good = path.read_bytes()
+    assert checkpoints.newest_checkpoint(killed)[1] == 4
+    header = 8 * (8 + int.from_bytes(good[:8], "little"))  # in bits
+    for bits in [header] * 40 + [8 * len(good)] * 10:
+        data, bit = bytearray(good), rng.randrange(bits)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        assert checkpoints.newest_checkpoint(killed)[1] == 3, bit
+    path.write_bytes(good[: len(good) // 2])
+    code, said = finish(killed, flags)
+    assert code == 0 and f"WARNING: {path}" in said and f"{path}.1, of step 3" in said
+    assert outcome(killed) == outcome(whole)
+
+
+LOST = [("trainer.*", None, "trainer.safetensors is missing")]
+LOST += [("trainer.*", b"\0" * 100, "trainer.safetensors is missing or damaged")]
+LOST += [("config.json", None, "no config.json"), ("config.json", b"{", "config.json")]
+LOST += [("config.json", b'{"settings": {"lr": 1}}', "config.json does not hold")]
+LOST += [("metrics.jsonl", None, "lacks steps"), ("evals.jsonl", None, "lacks steps")]
+LOST += [("metrics.jsonl", b'{"step": \n{"step": 2}\n', "metrics.jsonl, line 1")]
+
+
+@pytest.mark.parametrize("name, data, says", LOST, ids=range(len(LOST)))
+def test_lost_files_are_named(killed, monkeypatch, capsys, name, data, says):
+    """A KeyError; or a run that begins at step 0 again and cuts its metrics for it."""
+    for path in killed.glob(name):
+        path.unlink()
+        if data is not None:
+            path.write_bytes(data)
+    before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
+    code, said = resume(monkeypatch, capsys, "--resume", killed)
+    assert code == 2 and said.err.count("\n") == 1 and says in said.err
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_a_torn_line_is_none(tmp_path):
+    """A live run read while it writes, or one that a crash cut short, ending in a traceback."""
+    path = tmp_path / "metrics.jsonl"
+    assert files.read_rows(path) == []
+    path.write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
+    assert files.read_rows(path) == [dict(step=1, reward=0.5)]
+    path.write_text('{"step": 1}\n{"reward": 0.5}\n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2"):
+        files.read_rows(path)
+
+
+def test_gradients_that_are_not_finite_end_a_run(flags, tmp_path):
+    """A run that goes on for hours after its adapter broke, or that saves it over the good one."""
+    folder = tmp_path / "run"
+    code, said = finish(folder, [*flags, "--steps", 20, "--save-every", 1], breaks=4)
+    assert one_error(code, said) and "5 steps in a row" in said
+    assert [row["skipped"] for row in rows(folder)] == [0, 0, 0, 1, 1, 1, 1, 1]
+    tensors, step = checkpoints.newest_checkpoint(folder)
+    assert step == 3 and all(x.isfinite().all() for x in tensors.values())
+    adapter = lora_parameters(load_adapter(load_model(TINY), folder / "adapter"))
+    assert all(p.isfinite().all() for p in adapter.values())
+
+
+def test_a_broken_policy_is_noticed_though_nothing_has_a_gradient(flags, tmp_path):
+    """Log-probs that are not numbers earn no reward, so there is no loss that could be nan: such a
+    run went on to its end, and replaced its good checkpoints."""
+    folder = tmp_path / "run"
+    code, said = finish(folder, [*flags, "--steps", 20, "--lr", 1e30])
+    assert one_error(code, said) and "5 steps in a row" in said
+    assert [row["skipped"] for row in rows(folder)] == [0, 1, 1, 1, 1, 1]
+    tensors, step = checkpoints.newest_checkpoint(folder)
+    assert step == 0 and max(x.abs().max() for x in tensors.values()) < 10
+
+
+def test_tensorboard_gets_every_number_once(flags, monkeypatch, capsys, tmp_path):
+    """Steps twice on the curve of a run that was resumed; a traceback where it is not installed."""
+    folder, flags = tmp_path / "run", [*flags, "--tensorboard"]
+    if not train.find_spec("tensorboard"):
+        code, said = resume(monkeypatch, capsys, "--out", folder, *flags)
+        assert code == 2 and said.err.count("\n") == 1 and "pip install tensorboard" in said.err
+        assert not folder.exists()
+        pytest.skip("tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert stop(folder, flags, "update", 3) == -signal.SIGKILL
+    assert finish(folder, flags)[0] == 0
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    for name, key in (("metrics", "reward"), ("metrics", "grad_norm"), ("evals", "greedy")):
+        told = [(event.step, event.value) for event in events.Scalars(f"{name}/{key}")]
+        written = [(row["step"], row[key]) for row in rows(folder, f"{name}.jsonl")]
+        assert told == [(step, pytest.approx(value, rel=1e-5)) for step, value in written]
+
+
+# ---- The default task ----------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Kill the default run, resume it, and compare.")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    s, folder = parser.parse_args(), Path(tempfile.mkdtemp())
+    assert finish(folder / "whole", [])[0] == 0
+    delays = dict(sampling=1.0, update=1.0, saving=0.05, evaluation=4.0)
+    often = ["--save-every", 4]  # or each kill would cost ten steps
+    kill_often(folder / "killed", often, s.kills, train.Settings().steps, delays, s.seed)
+    assert finish(folder / "killed", often)[0] == 0
+    same = outcome(folder / "whole") == outcome(folder / "killed")
+    print("equal" if same else f"DIFFERENT: see {folder}")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
