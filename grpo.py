@@ -18,13 +18,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import credit
 from eval_math import verify
 from lora import adapter_off, lora_parameters
+from plumbing import ranks
 from plumbing.batches import Batch, SharedPrompts, make_batch, micro_batches, padding
-from plumbing.diagnostics import diagnose, step_classes
-from plumbing.files import UserError
+from plumbing.diagnostics import diagnose, measure, step_classes
+from plumbing.files import UserError, out_of_memory
 from sample import Completions, entropy, generate, uniforms
 
 LOGITS = 2**25  # logits in memory at a time: 128 MiB in fp32
@@ -258,30 +260,32 @@ def add_gradient(model, r: Rollout, rows, known, m, per_row, s, wanted):
     return loss.item(), found
 
 
-def merge(known: dict, rows, part: dict, shape):
-    """Put the signals of some rows where they belong among those (B, T) of the step, on the CPU."""
-    for name, value in part.items():
-        known.setdefault(name, torch.zeros(shape))[rows, : value.shape[1]] = value.cpu()
+def go_over(model, r: Rollout, groups, learn, known, m, per_row, s, wanted, found):
+    """Note in `found` (B, T) what passes over these micro-batches tell of their tokens, and if they
+    are to learn add their gradient; returns their share of the loss.
 
-
-def measure(r: Rollout, known: credit.Signals, s):
-    """What GRPO does, over all the completions of a step."""
-    rewards, c = r.rewards, r.completions
-    mixed, gap = has_spread(rewards), (known.logp - c.logps).abs()[known.mask]
-    metrics = dict(
-        reward=rewards.mean(),
-        entropy=known.entropy[known.mask].mean(),
-        completion_tokens=c.lengths.sum(),
-        truncated=(~c.finished).float().mean(),
-        groups_mixed=mixed.sum(),
-        groups_all_right=(~mixed & (rewards[:, 0] > 0)).sum(),
-        groups_all_wrong=(~mixed & (rewards[:, 0] <= 0)).sum(),
-        logp_mismatch=gap.max(),
-        logp_mismatch_mean=gap.mean(),
-    )
-    if s.kl > 0:
-        metrics["kl"] = kl_k3(known.logp, known.ref_logp)[known.mask].mean()
-    return {name: value.item() for name, value in metrics.items()}
+    If memory runs out, all of it is done again with each micro-batch in two, which changes nothing.
+    """
+    loss = 0.0
+    try:
+        for rows in groups:
+            if learn:
+                part_loss, part = add_gradient(model, r, rows, known, m, per_row, s, wanted)
+                loss += part_loss
+            else:
+                with torch.no_grad():
+                    _, _, part = signals(model, r, rows, wanted, s)
+            for name in found:
+                found[name][rows, : part[name].shape[1]] = part[name].cpu()
+        return loss
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error) or all(len(rows) == 1 for rows in groups):
+            raise
+    model.zero_grad(set_to_none=True)
+    s.micro_tokens = max(1, s.micro_tokens // 2)
+    tqdm.write(f"out of memory: once more, and from now on with --micro-tokens {s.micro_tokens}")
+    halves = [half for rows in groups for half in rows.chunk(2)]
+    return go_over(model, r, halves, learn, known, m, per_row, s, wanted, found)
 
 
 def update(model, optimizer, r: Rollout, advantages, s, compare=False):
@@ -299,27 +303,33 @@ def update(model, optimizer, r: Rollout, advantages, s, compare=False):
     known, m = given_signals(r, advantages), None
     if credit.METHODS[s.credit][2] is credit.STEP:  # from what the sampler saw, before any pass
         m = credit.token_weights(s.credit, known, s.sharpening)
-    found, metrics = {}, dict(loss=0.0, grad_norm=0.0, skipped=0)
-    learns = (advantages != 0) | (s.kl > 0)
+    names = {"logp", "entropy"} | wanted & {"ref_logp", "residual", "neg_logp"}
+    found = {name: torch.zeros(known.mask.shape) for name in sorted(names)}
+    metrics, learns = dict(loss=0.0, grad_norm=0.0, skipped=0), (advantages != 0) | (s.kl > 0)
     groups = [micro_batches(r, chosen, s.micro_tokens) for chosen in (learns, ~learns)]
-    for rows in groups[1]:  # those without spread are only measured
-        with torch.no_grad():
-            merge(found, rows, signals(model, r, rows, wanted, s)[2], known.mask.shape)
+    learning, only_measured = (group[ranks.rank() :: ranks.world()] for group in groups)
+    rest = (known, m, per_row, s, wanted)
+    go_over(model, r, only_measured, False, *rest, found)
     for turn in range(s.updates if learns.any() else 0):
-        for rows in groups[0]:
-            loss, part = add_gradient(model, r, rows, known, m, per_row, s, wanted)
-            if turn == 0:  # the metrics are those of the policy that sampled
-                metrics["loss"] += loss
-                merge(found, rows, part, known.mask.shape)
+        # The metrics are those of the policy that sampled: of the first turn.
+        loss = torch.tensor([go_over(model, r, learning, True, *rest, {} if turn else found)])
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # no rows for this process
+        ranks.add_up([p.grad for p in parameters])
+        ranks.add_up([loss])
+        metrics["loss"] = metrics["loss"] if turn else loss.item()
         metrics["grad_norm"] = clip_gradients(parameters, s.grad_clip)
         if math.isfinite(metrics["grad_norm"]) and math.isfinite(metrics["loss"]):
             optimizer.step()
         else:
             metrics["skipped"] = 1
         optimizer.zero_grad(set_to_none=True)
+    ranks.add_up(list(found.values()))
     known = replace(known, **found)
     if m is None:
         m = credit.token_weights(s.credit, known, s.sharpening)
-    metrics |= measure(r, known, s) | diagnose(r, known, m, per_row, s, compare)
+    if s.kl > 0:
+        metrics["kl"] = kl_k3(known.logp, known.ref_logp)[known.mask].mean().item()
+    metrics |= measure(r, known) | diagnose(r, known, m, per_row, s, compare)
     metrics["padding"] = padding(r, groups[0] + groups[1])
     return metrics, known, m

@@ -6,7 +6,6 @@ penalty all turn that switch; no reference model is copied, and the adapter is n
 Adapters are read and written in PEFT's format (adapter_config.json, adapter_model.safetensors).
 """
 
-import json
 import math
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save
 
-from plumbing.files import (
-    UserError,
-    check_size,
-    check_tensors,
-    checked,
-    read_json,
-    read_tensors,
-    write_whole,
-)
+from plumbing import files
+from plumbing.files import UserError
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # what PEFT puts before each of our names
@@ -125,9 +117,10 @@ def save_adapter(model, folder, base_model=""):
     config.update(r=one.rank, lora_alpha=one.alpha, lora_dropout=one.dropout.p, bias="none")
     config.update(use_rslora=one.rslora, target_modules=sorted(layers if last & plain else last))
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "adapter_config.json", f"{json.dumps(config, indent=2)}\n".encode())
+    files.write_json(folder / "adapter_config.json", config)
     tensors = {name: p.detach().cpu().contiguous() for name, p in lora_parameters(model).items()}
-    write_whole(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    data = save(tensors, metadata={"format": "pt"})
+    files.write_whole(folder / "adapter_model.safetensors", data)
 
 
 def load_adapter(model, folder):
@@ -136,8 +129,9 @@ def load_adapter(model, folder):
     The tensors say which layers are adapted, so every form of target_modules works. UserError on a
     damaged adapter, another model's, or one with a feature of PEFT that we do not compute.
     """
-    kinds = {name: type(value) for name, value in DEFAULTS.items()}
-    config = DEFAULTS | checked(read_json(Path(folder) / "adapter_config.json"), folder, **kinds)
+    kinds, folder = {name: type(value) for name, value in DEFAULTS.items()}, Path(folder)
+    found = files.read_json(folder / "adapter_config.json")
+    config = DEFAULTS | files.checked(found, folder, **kinds)
     asks = [key for key in UNSUPPORTED if config.get(key)]
     asks += ["bias"] * (config["bias"] != "none") + ["lora_dropout"] * (config["lora_dropout"] > 1)
     asks += ["peft_type"] * (config.get("peft_type") != "LORA")
@@ -145,15 +139,16 @@ def load_adapter(model, folder):
         asks.append("init_lora_weights")  # such as pissa, which alters the base
     if asks:
         raise UserError(f"{folder}: {asks[0]} = {config.get(asks[0])!r} is not supported")
-    tensors, _ = read_tensors(Path(folder) / "adapter_model.safetensors")
+    tensors, _ = files.read_tensors(folder / "adapter_model.safetensors")
     names = sorted({name.removeprefix(PREFIX).rsplit(".", 2)[0] for name in tensors})
     if wrong := set(names) - set(linear_layers(model)):
         raise UserError(f"{folder} adapts {min(wrong)}, which is no plain layer of this model")
     rank, alpha, dropout, rslora, _ = (config[name] for name in DEFAULTS)
-    check_size(tensors, rank * sum(sum(model.get_submodule(n).weight.shape) for n in names), folder)
+    numbers = rank * sum(sum(model.get_submodule(name).weight.shape) for name in names)
+    files.check_size(tensors, numbers, folder)
     attach(model, names, rank, alpha, dropout, rslora)
     ours = lora_parameters(model)
-    check_tensors(tensors, ours, folder)
+    files.check_tensors(tensors, ours, folder)
     for name, parameter in ours.items():
         parameter.data.copy_(tensors[name])
     return model.eval()

@@ -241,15 +241,6 @@ class KVCache:
             return k, v, None
         return self.k[layer][:, :, : self.filled], self.v[layer][:, :, : self.filled], self.mask
 
-    def take(self, other, rows, first=0):
-        """Copy the given rows of a cache, which may be this one, to the rows from `first` on; later
-        rows are out of use. The tensors stay where they are."""
-        to, S = slice(first, first + len(rows)), other.filled
-        self.k[:, to, :, :S] = other.k[:, rows, :, :S]
-        self.v[:, to, :, :S] = other.v[:, rows, :, :S]
-        self.lengths[to] = other.lengths[rows]
-        self.filled = int(self.lengths[: to.stop].max()) if to.stop else 0
-
 
 # ---- Checkpoints in Hugging Face layout ----------------------------------------------------------
 

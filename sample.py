@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.problems import load_problems, prompt_text
 from model import KVCache
+from plumbing import ranks
 from plumbing.cli import add_flags, load_base
 from plumbing.decoder import Decoder
 from plumbing.files import UserError, printable, run_cli
@@ -104,16 +105,16 @@ def entropy(logps):
     return -(logps.exp() * logps).sum(dim=-1)
 
 
-def read_prompts(model, prompts, n, cache, first):
-    """Read each prompt once, and put n copies of it in the cache from row `first` on; returns the
+def read_prompts(model, prompts, n, fast, first):
+    """Read each prompt once, and put n copies of it in the decoder from row `first` on; returns the
     states that predict the first tokens (P x n, D)."""
     device = model.device
     ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)
-    own = KVCache(model.config, *ids.shape, device, cache.k.dtype)
+    own = KVCache(model.config, *ids.shape, *fast.place)
     hidden = model(ids, own)
     own.lengths = torch.tensor([len(p) for p in prompts], device=device)
     row = torch.arange(len(prompts), device=device).repeat_interleave(n)
-    cache.take(own, row, first)
+    fast.take(own, row, first)
     return hidden[row, own.lengths[row] - 1]
 
 
@@ -138,7 +139,7 @@ def decode(model, prompts, u, eos_ids, temperature, top_p, top_k, slots, block, 
         free = slots - len(rows)
         if waiting and free >= max(n, slots // 4):
             new, waiting = waiting[: free // n], waiting[free // n :]
-            hidden += [read_prompts(model, [prompts[i] for i in new], n, fast.cache, len(rows))]
+            hidden += [read_prompts(model, [prompts[i] for i in new], n, fast, len(rows))]
             new = torch.tensor(new, device=device)[:, None] * n + torch.arange(n, device=device)
             rows, column = torch.cat([rows, new.flatten()]), F.pad(column, (0, new.numel()))
         hidden, drawn = torch.cat(hidden), {name: [] for name in ("tokens", "logps", *keep)}
@@ -161,7 +162,7 @@ def decode(model, prompts, u, eos_ids, temperature, top_p, top_k, slots, block, 
         going = (~over).nonzero()[:, 0]
         if len(going) < len(rows):  # drop the rows that have ended, and their cache
             rows, column, tokens = rows[going], column[going], tokens[going]
-            fast.cache.take(fast.cache, going)
+            fast.take(fast.cache, going)
     model.decoder = fast
 
 
@@ -191,13 +192,17 @@ def generate(
     names = ("tokens", "logps", *keep)
     out = {name: torch.zeros(B, T + BLOCK, *sizes[name], device=device) for name in names}
     out["tokens"] = out["tokens"].long()
-    if B:
-        u = np.stack([uniforms(seed, step, p, i, T) for p in prompts for i in range(n)])
-        cuts = (temperature, top_p, top_k)
-        for rows, column, drawn in decode(model, prompts, u, eos_ids, *cuts, slots, BLOCK, keep):
+    mine = range(ranks.rank(), len(prompts), ranks.world())  # the prompts of this process
+    if mine:
+        u = np.stack([uniforms(seed, step, prompts[p], i, T) for p in mine for i in range(n)])
+        place = torch.tensor([p * n + i for p in mine for i in range(n)], device=device)
+        how = (eos_ids, temperature, top_p, top_k, slots, BLOCK, keep)
+        for rows, column, drawn in decode(model, [prompts[p] for p in mine], u, *how):
             columns = column[:, None] + torch.arange(BLOCK, device=device)
             for name, values in drawn.items():
-                out[name][rows[:, None], columns] = values
+                out[name][place[rows][:, None], columns] = values
+    for value in out.values():
+        ranks.add_up([value])
     ended = torch.isin(out["tokens"][:, :T].cpu(), torch.tensor(list(eos_ids)))
     finished = ended.any(dim=1)
     lengths = torch.where(finished, ended.int().argmax(dim=1) + 1, T)

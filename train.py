@@ -8,13 +8,10 @@ and advantages into token credit, make one step, write one line of metrics. What
 its folder: config.json, metrics.jsonl, evals.jsonl, samples.jsonl, adapter/, trainer.safetensors.
 """
 
-import argparse
 import math
 import signal
-import sys
 import time
-from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
+from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":  # until run_cli takes over: no traceback of an import that Ctrl-C hit
@@ -27,10 +24,11 @@ import credit
 from data.problems import load_split, problems_of_step
 from grpo import group_advantages, rollout, update
 from lora import add_lora, lora_parameters
-from plumbing import run
-from plumbing.checkpoints import begin, resumed_settings, save, whole_step
+from plumbing import ranks, run
+from plumbing.checkpoints import begin, save, whole_step
 from plumbing.cli import FLAGS, load_base
-from plumbing.files import UserError, read_rows, run_cli
+from plumbing.files import read_rows, run_cli
+from plumbing.settings import parse_settings
 
 
 def setting(default, help):
@@ -95,42 +93,6 @@ PAPER |= dict(lr=5e-6, warmup=10, beta2=0.999, seed=1337, micro_tokens=8192)
 PRESETS = {"": {}, "paper": PAPER}
 
 
-def parse_settings():
-    """(settings, whether to resume): defaults, then the preset, then the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    text = "go on with this run, or with that in --out, or with the newest of its name"
-    parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER", help=text)
-    for f in fields(Settings):
-        options = dict(type=type(f.default), metavar=repr(f.default))
-        options = dict(action="store_true") if isinstance(f.default, bool) else options
-        flag, text = f"--{f.name.replace('_', '-')}", f.metadata["help"]
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
-    given = vars(parser.parse_args())
-    resume, preset = given.pop("resume"), given.get("preset", "")
-    if preset not in PRESETS:
-        raise UserError(f"no preset {preset!r}: the only one is 'paper'")
-    given = PRESETS[preset] | given
-    s = Settings(**given)
-    if resume is not None:
-        s = resumed_settings(s, given, resume)
-    credit.needs(s.credit)  # a UserError if there is no such rule, and so on
-    group_advantages(torch.zeros(1, 2), s.advantage)
-    if s.aggregate not in ("seq", "token"):
-        raise UserError(f"no aggregate {s.aggregate!r}: use seq or token")
-    if s.arca_layer not in ("final", "prenorm", "sum"):
-        raise UserError(f"no ARCA layer {s.arca_layer!r}: use final, prenorm or sum")
-    if s.samples < 2:
-        raise UserError("GRPO compares the samples of a problem: use --samples 2 or more")
-    positive = "rank alpha lr steps prompts updates max_prompt_tokens max_new_tokens eval_problems"
-    positive += " micro_tokens save_every keep temperature top_p sharpening grad_clip"
-    for name in positive.split():
-        if not 0 < getattr(s, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)} is not positive")
-    if s.tensorboard and not find_spec("tensorboard"):
-        raise UserError("--tensorboard needs what is not installed here: pip install tensorboard")
-    return s, resume is not None
-
-
 def lr_at(step, s: Settings):
     """Linear warmup from lr / warmup at step 1, then a cosine that is 0 after the last step."""
     if step <= s.warmup:
@@ -139,8 +101,9 @@ def lr_at(step, s: Settings):
 
 
 def main():
-    s, resume = parse_settings()
+    s, resume = parse_settings(Settings, PRESETS, __doc__)
     model, tokenizer = load_base(s)
+    ranks.start(model.device)
     model.checkpoint = s.checkpoint
     train, held_out, note = load_split(s, tokenizer)
     add_lora(model, s.rank, s.alpha, seed=s.seed)
@@ -148,6 +111,7 @@ def main():
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, s.beta2), weight_decay=0.0)
     folder = Path(s.out) if resume else run.new_run(s, model)
     done = begin(folder, model, optimizer, s)
+    ranks.wait()  # the first process may have cut the files back to a checkpoint
     history, evals = (read_rows(folder / name) for name in ("metrics.jsonl", "evals.jsonl"))
     if history and evals[-1]["step"] == s.steps:
         return print(f"{folder} has finished its {s.steps} steps: nothing is left to do")
@@ -159,7 +123,7 @@ def main():
         if run.is_evaluated(step, s) and (not evals or evals[-1]["step"] < step):
             evals.append(run.evaluate_step(model, tokenizer, held_out, s, step, folder, board))
 
-    bar = tqdm(range(done + 1, s.steps + 1), disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    bar = tqdm(range(done + 1, s.steps + 1), disable=not run.on_screen(), dynamic_ncols=True)
     try:
         evaluate(done)
         for step in bar:

@@ -20,13 +20,13 @@ import safetensors.torch
 from tqdm import tqdm
 
 from lora import lora_parameters, save_adapter
-from plumbing import files
+from plumbing import files, ranks
 from plumbing.files import UserError, read_rows
 from plumbing.run import run_name
 
 # Settings that a resumed run may change: they decide what is kept and seen, not what is learned.
 FREE = ["out", "device", "micro_tokens", "eval_every", "save_every", "keep", "compare_rules"]
-FREE += ["tensorboard"]
+FREE += ["tensorboard", "checkpoint"]
 
 
 @contextmanager
@@ -99,6 +99,8 @@ def digest(tensors, step) -> str:
 
 def save(folder, model, optimizer, step, s):
     """trainer.safetensors and adapter/: with the settings, the whole state of a run."""
+    if ranks.rank() > 0:
+        return
     for path in folder.glob("*.jsonl"):
         files.sync(path)  # else a power cut could leave a checkpoint without the lines before it
     tensors = {f"adapter.{name}": p.detach() for name, p in lora_parameters(model).items()}
@@ -138,6 +140,9 @@ def begin(folder, model, optimizer, s) -> int:
     tensors, step = newest_checkpoint(folder)
     if tensors:
         put_back(tensors, model, optimizer, folder)
+    if ranks.rank() > 0:
+        return step
+    if tensors:
         cut_back(folder, step)
         save_adapter(model, folder / "adapter", s.model)  # a crash may have come before its turn
     else:

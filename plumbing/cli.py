@@ -1,5 +1,7 @@
 """The flags that all command lines share, each with its only default, and what they load."""
 
+import os
+
 import torch
 
 from data.problems import TINY, prompt_text
@@ -50,7 +52,8 @@ def random_model(config: Config, device="cpu", dtype=torch.float32, seed=0) -> Q
 def load_base(s):
     """The frozen model and tokenizer that these flags, or the Settings of train.py, ask for."""
     dtypes = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
-    best = "cuda" if torch.cuda.is_available() else "cpu"
+    local = os.environ.get("LOCAL_RANK", "0")  # of a process that torchrun started
+    best = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     device = best if s.device == "auto" else s.device
     try:
         torch.empty(0, device=device)

@@ -82,6 +82,15 @@ class Decoder:
             down.fill([mlp.down_proj])
         self.on = tuple(stack.scale for four in self.stacks for stack in four)
 
+    def take(self, other, rows, first=0):
+        """Copy the given rows of a KVCache, perhaps our own, to our rows from `first` on; later
+        rows are out of use. The tensors stay where they are, as captured graphs need it."""
+        cache, to, S = self.cache, slice(first, first + len(rows)), other.filled
+        cache.k[:, to, :, :S] = other.k[:, rows, :, :S]
+        cache.v[:, to, :, :S] = other.v[:, rows, :, :S]
+        cache.lengths[to] = other.lengths[rows]
+        cache.filled = int(cache.lengths[: to.stop].max()) if to.stop else 0
+
     def step(self, tokens):
         """tokens (b,) of the first b rows -> the states after the final norm (b, D)."""
         c, cache, b = self.model.config, self.cache, len(tokens)

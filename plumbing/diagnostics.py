@@ -76,6 +76,24 @@ def step_classes(c, tokenizer):
     return classes
 
 
+def measure(r, known: credit.Signals):
+    """What GRPO does, over all the completions of a step."""
+    rewards, c = r.rewards, r.completions
+    mixed, gap = rewards.amin(1) != rewards.amax(1), (known.logp - c.logps).abs()[known.mask]
+    metrics = dict(
+        reward=rewards.mean(),
+        entropy=known.entropy[known.mask].mean(),
+        completion_tokens=c.lengths.sum(),
+        truncated=(~c.finished).float().mean(),
+        groups_mixed=mixed.sum(),
+        groups_all_right=(~mixed & (rewards[:, 0] > 0)).sum(),
+        groups_all_wrong=(~mixed & (rewards[:, 0] <= 0)).sum(),
+        logp_mismatch=gap.max(),
+        logp_mismatch_mean=gap.mean(),
+    )
+    return {name: value.item() for name, value in metrics.items()}
+
+
 def diagnose(r, known: credit.Signals, m, per_row, s, compare):
     """The diagnostics of a step's multipliers m (B, T) by name, as numbers."""
     mask = known.mask

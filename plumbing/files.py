@@ -49,12 +49,16 @@ def run_cli(main):
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         line = "error: " + " ".join(str(error).split())
         if not isinstance(error, (UserError, OSError)):
-            if isinstance(error, RuntimeError) and "memory" not in line:
+            if not out_of_memory(error):
                 raise
             line = "out of memory: lower --micro-tokens, --samples, --prompts or --max-new-tokens"
             line = f"error: {line}"
     print(printable(line[:1000]), file=sys.stderr)
     sys.exit(code)
+
+
+def out_of_memory(error) -> bool:
+    return isinstance(error, MemoryError) or "memory" in str(error)
 
 
 def interrupt(number, frame):

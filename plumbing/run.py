@@ -12,6 +12,7 @@ from tqdm import tqdm
 from credit import METHODS, token_weights
 from eval_math import evaluate, rates, with_interval
 from lora import lora_parameters
+from plumbing import ranks
 from plumbing.files import UserError, append, printable, write_json
 
 # ---- The run folder ------------------------------------------------------------------------------
@@ -24,13 +25,15 @@ def run_name(s) -> str:
 
 def new_run(s, model) -> Path:
     """A run folder with its config.json. One that holds a run is never written into."""
-    if any(Path(s.out, name).exists() for name in ("config.json", "trainer.safetensors") if s.out):
-        raise UserError(f"{s.out} holds a run: give another --out, or --resume to go on with it")
+    if ranks.rank() > 0:
+        return Path("runs/of-another-process")  # is not there: nothing is read, nothing written
     name, count = run_name(s), 1
     folder = Path(s.out or f"runs/{name}")
     while not s.out and folder.exists():
         count += 1
         folder = Path(f"runs/{name}-{count}")
+    if any((folder / name).exists() for name in ("config.json", "trainer.safetensors")):
+        raise UserError(f"{s.out} holds a run: give another --out, or --resume to go on with it")
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, s, model)
     return folder
@@ -52,7 +55,7 @@ def write_config(folder, s, model):
 
 def open_board(s, folder, step):
     """A TensorBoard writer, if asked for. What it has of steps after this one is taken back."""
-    if not s.tensorboard:
+    if not s.tensorboard or ranks.rank() > 0:
         return None
     from torch.utils.tensorboard import SummaryWriter  # optional, and for this only
 
@@ -61,6 +64,8 @@ def open_board(s, folder, step):
 
 def record(path, row, board):
     """Add a line to a JSONL file, and its numbers to TensorBoard if it is used."""
+    if ranks.rank() > 0:
+        return
     append(path, row)
     if board:
         for key, value in row.items():
@@ -112,6 +117,8 @@ def sample_rows(r, chosen, known, s, tokenizer):
 
 def keep_samples(r, known, s, tokenizer, step, folder):
     """Write a wrong and a right completion of a problem that has both, if there is one; say one."""
+    if ranks.rank() > 0:
+        return
     mixed = r.rewards.std(dim=1).argmax().item() * r.rewards.shape[1]  # its first row
     rewards = r.rewards.flatten()[mixed : mixed + r.rewards.shape[1]]
     chosen = [mixed + int(i) for value in (0, 1) for i in (rewards == value).nonzero()[:1, 0]]
@@ -120,6 +127,10 @@ def keep_samples(r, known, s, tokenizer, step, folder):
     tqdm.write(printable(f"step {step:4d}  {sample['problem']}  (gold {sample['gold']})"))
     text = printable(" ".join(sample["text"].split())[:300])
     tqdm.write(f"  reward {sample['reward']:g}: {text}")
+
+
+def on_screen() -> bool:
+    return sys.stderr.isatty() and ranks.rank() == 0
 
 
 def show(bar, metrics, accuracy):

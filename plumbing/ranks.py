@@ -1,0 +1,52 @@
+"""The processes of a run that torchrun has started; without torchrun there is one, of rank 0.
+
+Each samples and trains on the problems of its rank. What is in a tensor only where this process
+filled it in, and 0 elsewhere, is added up over the processes: so all of them know the whole step,
+make the same update, and only the first need write it down.
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from plumbing.files import UserError
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start(device):
+    """Meet the other processes, if torchrun started any. Only the first one prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+
+
+def add_up(tensors):
+    """Sum tensors of one dtype over the processes, in place."""
+    if world() == 1:
+        return
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flat = torch.cat([x.flatten() for x in tensors]).to(device)
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError:
+        way = "go on with --resume, with as many processes as you like"
+        raise UserError(f"another process of this run has ended: {way}") from None
+    for x, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+        x.copy_(part.view_as(x))
+
+
+def wait():
+    """Until all processes are here."""
+    add_up([torch.zeros(1)])
