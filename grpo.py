@@ -260,6 +260,12 @@ def add_gradient(model, r: Rollout, rows, known, m, per_row, s, wanted):
     return loss.item(), found
 
 
+def to_be_found(known, wanted):
+    """By name, the signals that passes tell of, as yet 0 (B, T)."""
+    names = {"logp", "entropy"} | wanted & {"ref_logp", "residual", "neg_logp"}
+    return {name: torch.zeros(known.mask.shape) for name in sorted(names)}
+
+
 def go_over(model, r: Rollout, groups, learn, known, m, per_row, s, wanted, found):
     """Note in `found` (B, T) what passes over these micro-batches tell of their tokens, and if they
     are to learn add their gradient; returns their share of the loss.
@@ -303,8 +309,7 @@ def update(model, optimizer, r: Rollout, advantages, s, compare=False):
     known, m = given_signals(r, advantages), None
     if credit.METHODS[s.credit][2] is credit.STEP:  # from what the sampler saw, before any pass
         m = credit.token_weights(s.credit, known, s.sharpening)
-    names = {"logp", "entropy"} | wanted & {"ref_logp", "residual", "neg_logp"}
-    found = {name: torch.zeros(known.mask.shape) for name in sorted(names)}
+    found = to_be_found(known, wanted)
     metrics, learns = dict(loss=0.0, grad_norm=0.0, skipped=0), (advantages != 0) | (s.kl > 0)
     groups = [micro_batches(r, chosen, s.micro_tokens) for chosen in (learns, ~learns)]
     learning, only_measured = (group[ranks.rank() :: ranks.world()] for group in groups)

@@ -45,15 +45,13 @@ def draw_samples(s):
     problems = problems_of_step(every, min(s.problems, len(every)), s.seed, 1)
     problems = [add_prompts(p, tokenizer, s.chat) for p in problems]
     # What the Settings of train.py would say besides.
-    vars(s).update(top_p=1.0, kl=0.0, micro_tokens=4096, arca_layer="final", credit="arca")
-    wanted, found = grpo.wanted_signals(s, compare=True), {}
-    with torch.no_grad():
-        r = grpo.rollout(model, tokenizer, problems, s, 0, compare=True)
-        known = grpo.given_signals(r, grpo.group_advantages(r.rewards).flatten())
-        everyone = torch.ones(len(known.mask), dtype=torch.bool)
-        for rows in grpo.micro_batches(r, everyone, s.micro_tokens):
-            _, _, part = grpo.signals(model, r, rows, wanted, s)
-            grpo.merge(found, rows, part, known.mask.shape)
+    vars(s).update(top_p=1.0, kl=0.0, micro_tokens=2048, arca_layer="final", credit="arca")
+    r = grpo.rollout(model, tokenizer, problems, s, 0, compare=True)
+    known = grpo.given_signals(r, grpo.group_advantages(r.rewards).flatten())
+    wanted = grpo.wanted_signals(s, compare=True)
+    everyone, found = torch.ones(len(known.mask)).bool(), grpo.to_be_found(known, wanted)
+    groups = grpo.micro_batches(r, everyone, s.micro_tokens)
+    grpo.go_over(model, r, groups, False, known, None, None, s, wanted, found)
     known = replace(known, **found)
     return list(sample_rows(r, range(len(everyone)), known, s, tokenizer))
 
