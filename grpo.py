@@ -14,6 +14,7 @@ is over all the rollouts of the step, those without a gradient included.
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -111,9 +112,9 @@ def group_advantages(rewards, kind="grpo"):
 def token_logps(model, hidden, targets, temperature=1.0, chunk=None):
     """hidden (N, D), targets (N,) -> log pi(target) (N,), and the entropy of pi (N,), fp32 nats.
 
-    The head runs on a chunk of tokens at a time, under a checkpoint: its (chunk, V) logits are made
-    again in the backward pass instead of kept. (A loop over chunks without the checkpoint keeps
-    every chunk's logits for backward, and saves nothing.) The entropy carries no gradient.
+    The head runs on a chunk of tokens at a time; of several, the (chunk, V) logits are made again
+    in the backward pass instead of kept. (A loop over chunks without the checkpoint keeps every
+    chunk's logits for backward, and saves nothing.) The entropy carries no gradient.
     """
 
     def head(h, y):
@@ -125,10 +126,8 @@ def token_logps(model, hidden, targets, temperature=1.0, chunk=None):
 
     chunk = chunk or max(1, LOGITS // model.config.vocab_size)
     pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    if len(targets) > chunk:
-        parts = [checkpoint(head, h, y, use_reentrant=False) for h, y in pairs]
-    else:  # what one chunk keeps is little
-        parts = [head(hidden, targets)]
+    keeps = head if len(targets) <= chunk else partial(checkpoint, head, use_reentrant=False)
+    parts = [keeps(h, y) for h, y in pairs]
     logps, entropies = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(entropies)
 

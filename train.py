@@ -139,10 +139,9 @@ def main():
                 metrics["skipped"] |= not math.isfinite(metrics["entropy"])  # of a broken policy
                 done, ended = step, time.perf_counter()
 
-                speed = metrics["completion_tokens"] / (ended - started)
-                metrics = dict(step=step) | metrics | dict(lr=lr, tokens_per_second=speed)
-                metrics.update(seconds_rollout=sampled - started, seconds_verify=r.seconds_verify)
-                metrics["seconds_update"] = ended - sampled
+                metrics = dict(step=step) | metrics | dict(lr=lr, seconds_verify=r.seconds_verify)
+                metrics.update(seconds_rollout=sampled - started, seconds_update=ended - sampled)
+                metrics["tokens_per_second"] = metrics["completion_tokens"] / (ended - started)
                 run.record(folder / "metrics.jsonl", metrics, board)
                 history.append(metrics)
                 run.show(bar, metrics, evals[-1]["greedy"])
