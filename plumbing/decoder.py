@@ -53,6 +53,7 @@ class Decoder:
     def __init__(self, model, rows, columns):
         c, place = model.config, (model.device, model.lm_head.weight.dtype)
         self.model, self.place, self.graphs = model, place, {}
+        self.captures = place[0].type == "cuda"
         self.cache = KVCache(c, rows, columns, *place)
         self.stacks = [[Stack() for _ in range(4)] for _ in model.model.layers]
         rope = rotary(
@@ -127,29 +128,29 @@ class Decoder:
 
     def width(self, filled):
         """Columns to read if so many are filled; rounded up on a GPU, where each is a graph."""
-        step = 256 if self.cache.k.is_cuda else 1
+        step = 256 if self.captures else 1
         return min(-(-filled // step) * step, self.cache.k.shape[3])
 
     def advance(self, tokens):
         """`step`, on a GPU as a graph: one for each number of rows and columns, rounded up, and
         setting of the adapters. The first time it runs as it is, which readies the kernels."""
         b, cache = len(tokens), self.cache
-        if not tokens.is_cuda:
+        if not self.captures:
             return self.step(tokens)
-        rows = min(
-            1 << (b - 1).bit_length(), cache.k.shape[1]
-        )  # those past b write what none reads
-        tokens, key = F.pad(tokens, (0, rows - b)), (rows, self.width(cache.filled + 1), self.on)
+        rows = min(1 << (b - 1).bit_length(), cache.k.shape[1])  # what those past b do, none reads
+        key = (rows, self.width(cache.filled + 1), self.on)
+        padded = tokens.new_zeros(rows)
+        padded[:b] = tokens
         if key not in self.graphs:
             self.graphs[key] = None
-            return self.step(tokens)[:b]
+            return self.step(padded)[:b]
         if self.graphs[key] is None:
             graph, filled = torch.cuda.CUDAGraph(), cache.filled
             with torch.cuda.graph(graph):  # notes what is to be done, and does nothing
-                states = self.step(tokens)
-            self.graphs[key], cache.filled = (graph, tokens, states), filled
+                states = self.step(padded)
+            self.graphs[key], cache.filled = (graph, padded, states), filled
         graph, into, states = self.graphs[key]
-        into.copy_(tokens)
+        into.copy_(padded)
         graph.replay()
         cache.filled += 1
         return states[:b].clone()

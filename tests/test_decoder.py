@@ -89,3 +89,44 @@ def test_two_samplers_at_once():
         for tokens, (_, _, drawn) in zip(got, blocks, strict=True):
             tokens.append(int(drawn["tokens"]))
     assert got == want
+
+
+class Tape:
+    """What a CUDA graph does, on the CPU: capturing runs nothing, and replaying does it all again
+    on the tensors that were there then."""
+
+    decoder = None  # of the one test that uses it
+
+    def replay(self):
+        filled = self.decoder.cache.filled
+        key = next(k for k, held in self.decoder.graphs.items() if held and held[0] is self)
+        _, into, states = self.decoder.graphs[key]
+        states.copy_(self.decoder.step(into))
+        self.decoder.cache.filled = filled
+
+    def __enter__(self):
+        cache = self.decoder.cache
+        self.before = [x.clone() for x in (cache.k, cache.v, cache.lengths)]
+
+    def __exit__(self, *_):
+        cache = self.decoder.cache
+        for x, before in zip((cache.k, cache.v, cache.lengths), self.before, strict=True):
+            x.copy_(before)
+
+
+def test_replayed_steps_equal_plain_ones(monkeypatch):
+    """Off a GPU, all but the capture itself: rows rounded up that write in others' caches, a count
+    of columns that goes wrong, a token that a replay overwrites after it was noted."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(Decoder, "width", lambda self, n: min(-(-n // 4) * 4, 60))
+    prompts, how = [[1, 2, 3], [4], [5, 0, 5, 1], [2, 4]], dict(eos_ids=(7, 9), seed=3)
+    model = adapted(vocab_size=12)
+    want = generate(model, prompts, 3, 40, max_rows=7, **how)
+    Tape.decoder = model.decoder = Decoder(model, 7, 60)
+    model.decoder.captures = True
+    for _ in range(2):  # the second time all graphs are there
+        got = generate(model, prompts, 3, 40, max_rows=7, **how)
+        assert torch.equal(got.tokens, want.tokens) and torch.equal(got.lengths, want.lengths)
+        torch.testing.assert_close(got.logps, want.logps, atol=1e-5, rtol=1e-5)
+    assert len(model.decoder.graphs) > 8 and all(model.decoder.graphs.values())
