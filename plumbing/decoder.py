@@ -16,35 +16,36 @@ from model import KVCache, rms_norm, rotary, rotate
 class Stack:
     """Linear layers that read the same input as one: x (b, D) -> (b, all their outputs)."""
 
-    weight = A = None
+    weight = None
 
     def fill(self, layers):
         """Take the layers' weights, once, and their adapters, which change between rollouts."""
         plain = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
         first, sizes = plain[0], [layer.out_features for layer in plain]
-        if self.weight is None or self.weight.data_ptr() != first.weight.data_ptr():
-            self.weight = torch.cat([layer.weight for layer in plain])
-            self.bias = None if first.bias is None else torch.cat([x.bias for x in plain])
-            for layer, part in zip(plain, self.weight.split(sizes), strict=True):
-                layer.weight.data = part  # a view of the stack, so nothing is held twice
         on = [x for x in layers if isinstance(x, LoRALinear) and x.on]
-        self.scale = on[0].scale if on else None
-        if not on:
-            return
-        none = self.weight.new_empty(0)
-        A = [x.lora_A.weight if x in on else none.view(0, first.in_features) for x in layers]
-        B = [x.lora_B.weight if x in on else none.view(x.out_features, 0) for x in layers]
-        A, B = torch.cat(A).T.to(none.dtype), torch.block_diag(*B).T.to(none.dtype)
-        if self.A is None or self.A.shape != A.shape:
-            self.A, self.B = torch.empty(A.shape).to(none), torch.empty(B.shape).to(none)
-        self.A.copy_(A)  # in place: captured graphs read them there
-        self.B.copy_(B)
+        self.scale, self.out = on[0].scale if on else None, sum(sizes)
+        low = sum(x.rank for x in on)
+        new = self.weight is None or self.weight.data_ptr() != first.weight.data_ptr()
+        if new or len(self.weight) < self.out + low:
+            none = first.weight.new_empty(low, first.in_features)
+            self.weight = torch.cat([*(layer.weight for layer in plain), none])
+            self.bias = None if first.bias is None else torch.cat([x.bias for x in plain])
+            self.B = first.weight.new_empty(low, self.out)
+            for layer, part in zip(plain, self.weight.split([*sizes, low])[:-1], strict=True):
+                layer.weight.data = part  # a view of the stack, so nothing is held twice
+        if on:  # in place: captured graphs read them there
+            self.weight[self.out : self.out + low] = torch.cat([x.lora_A.weight for x in on])
+            blank = first.weight.new_empty(0)
+            B = [x.lora_B.weight if x in on else blank.view(x.out_features, 0) for x in layers]
+            self.B.copy_(torch.block_diag(*B).T)
 
     def __call__(self, x):
-        y = F.linear(x, self.weight, self.bias)
         if self.scale is None:
-            return y
-        return y.addmm_(x @ self.A, self.B, alpha=self.scale)
+            return F.linear(x, self.weight[: self.out], self.bias)
+        both = x @ self.weight.T  # (b, out + ranks): the layers' outputs, and A x
+        y, low = both[:, : self.out], both[:, self.out :]
+        y = y if self.bias is None else y.add_(self.bias)
+        return y.addmm_(low, self.B, alpha=self.scale)
 
 
 class Decoder:
@@ -103,7 +104,7 @@ class Decoder:
         S = self.width(cache.filled)
         unseen = torch.arange(S, device=at.device) > at[:, None]
         mask = torch.zeros(unseen.shape, device=at.device, dtype=self.place[1])
-        mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (b, 1, 1, S)
+        mask = mask.masked_fill_(unseen, -torch.inf).repeat_interleave(H_kv, 0)[:, None]
         rope = self.cos[at][:, None], self.sin[at][:, None]  # (b, 1, K)
         place = torch.arange(b * H_kv, device=at.device).view(b, H_kv) * columns + at[:, None]
         place = place.flatten()  # of each row's and head's new key among those of the layer
@@ -115,12 +116,13 @@ class Decoder:
             if c.qk_norm:
                 qk = rms_norm(qk, self.qk_weight[layer], c.rms_norm_eps)
             qk = rotate(qk, rope)
-            keys, values = cache.k[layer], cache.v[layer]  # (rows, H_kv, columns, K)
-            keys.view(-1, K).index_copy_(0, place, qk[:, H:].reshape(-1, K))
-            values.view(-1, K).index_copy_(0, place, v.reshape(-1, K))
+            keys, values = (x[layer].view(-1, K) for x in (cache.k, cache.v))
+            keys.index_copy_(0, place, qk[:, H:].reshape(-1, K))
+            values.index_copy_(0, place, v.reshape(-1, K))
+            keys, values = (x.view(-1, columns, K)[: b * H_kv, :S] for x in (keys, values))
             # Query heads that share a key head are queries of one head: its keys are read once.
-            q = qk[:, :H].reshape(b, H_kv, -1, K)
-            y = attend(q, keys[:b, :, :S], values[:b, :, :S], mask).view(b, -1)
+            q = qk[:, :H].reshape(b * H_kv, -1, K)
+            y = attend(q, keys, values, mask).view(b, -1)
             x = x + to_out(y)
             gate, up = to_inner(normed(x, block.post_attention_layernorm)).chunk(2, dim=-1)
             x = x + to_down(F.silu(gate) * up)
@@ -161,8 +163,8 @@ def normed(x, norm):
 
 
 def attend(q, k, v, mask):
-    """Attention of a few queries (b, H_kv, n, K) to k, v (b, H_kv, S, K), mask (b, 1, 1, S)."""
+    """Attention of a few queries (b, n, K) to k, v (b, S, K), with a mask (b, 1, S) to add."""
     if q.dtype != torch.float32:  # where scores must not be rounded
         return F.scaled_dot_product_attention(q, k, v, mask)
-    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3)).add_(mask)
-    return torch.matmul(scores.softmax(dim=-1), v)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)  # (b, n, S)
+    return torch.bmm(scores.softmax(dim=-1), v)

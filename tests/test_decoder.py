@@ -66,10 +66,10 @@ def test_decoder_follows_the_adapter():
 def test_attend_without_rounding():
     """Scores in bf16 would be off by 0.03 at 10: log-probs would no longer be those of training."""
     rng = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, 2, n, 8, generator=rng) for n in (2, 9, 9))
-    mask = torch.zeros(3, 1, 1, 9).masked_fill_(torch.arange(9) > 6, -torch.inf)
+    q, k, v = (torch.randn(3, n, 8, generator=rng) for n in (2, 9, 9))
+    mask = torch.zeros(3, 1, 9).masked_fill_(torch.arange(9) > 6, -torch.inf)
     q, k = 4 * q.bfloat16(), 4 * k.bfloat16()
-    exact = torch.softmax(q.double() @ k.double().transpose(2, 3) / 8**0.5 + mask, -1) @ v.double()
+    exact = torch.softmax(q.double() @ k.double().transpose(1, 2) / 8**0.5 + mask, -1) @ v.double()
     got = attend(q, k, v.bfloat16(), mask.bfloat16())
     torch.testing.assert_close(got.double(), exact, atol=0.02, rtol=0.02)
     got = attend(q.float(), k.float(), v, mask)
