@@ -1,16 +1,16 @@
 """A run on several processes, which torchrun starts, is the run on one: the same completions, the
 same metrics, whichever process dies, and with however many it goes on."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
 from helpers import tiny_model
-from test_resume import TIMING, finish, rows
+from test_resume import PRELOAD, TIMING, finish, rows
 
 from data.problems import TINY
 from plumbing import checkpoints, ranks
@@ -19,28 +19,37 @@ from sample import generate
 HOUSE = Path(__file__).parent.parent
 RUN = "--steps 4 --prompts 5 --samples 4 --max-new-tokens 32 --eval-problems 6 --eval-samples 2"
 RUN = f"{RUN} --save-every 2 --micro-tokens 300 --seed 2".split()  # some three micro-batches a step
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 # ---- Processes -----------------------------------------------------------------------------------
 
 
+def torchrun(arguments, log):
+    """torchrun with these arguments, on one thread a process; its output goes to a file."""
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HOUSE))
+    torch.distributed.run.main(["--standalone", "--nproc-per-node", *arguments])
+
+
 def launch(processes, folder, flags):
-    """torchrun of train.py, on one thread a process; output goes to a file beside the folder."""
+    """torchrun of train.py, forked from a process that has imported it, which takes seconds."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(PRELOAD)
     more = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
-    command = [*TORCHRUN, processes, HOUSE / "train.py", *flags, *more]
-    threads = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HOUSE))
-    where = dict(cwd=folder.parent, env=threads, start_new_session=True)
-    with open(folder.with_suffix(".log"), "w") as log:
-        return subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, **where)
+    arguments = [str(x) for x in (processes, HOUSE / "train.py", *flags, *more)]
+    process = forks.Process(target=torchrun, args=(arguments, folder.with_suffix(".log")))
+    process.start()
+    return process
 
 
 def ended(process, folder, seconds=60):
     """Wait for the end; returns the exit code and what was printed."""
-    try:
-        process.wait(seconds)
-    finally:
-        process.kill()  # if it hangs
-    return process.returncode, folder.with_suffix(".log").read_text()
+    process.join(seconds)
+    if hangs := process.exitcode is None:
+        process.terminate()
+    assert not hangs, folder.with_suffix(".log").read_text()
+    return process.exitcode, folder.with_suffix(".log").read_text()
 
 
 def with_rank(launcher, rank):
@@ -55,7 +64,7 @@ def with_rank(launcher, rank):
 def when_done(launcher, folder, steps):
     """Wait until a run has written so many steps."""
     while len(rows(folder)) < steps:
-        assert launcher.poll() is None, folder.with_suffix(".log").read_text()
+        assert launcher.is_alive(), folder.with_suffix(".log").read_text()
         time.sleep(0.01)
 
 
