@@ -310,6 +310,7 @@ def update(model, optimizer, r: Rollout, advantages, s, compare=False):
         m = credit.token_weights(s.credit, known, s.sharpening)
     found = to_be_found(known, wanted)
     metrics, learns = dict(loss=0.0, grad_norm=0.0, skipped=0), (advantages != 0) | (s.kl > 0)
+    s.micro_tokens = ranks.least(s.micro_tokens)  # another process may have run out of memory
     groups = [micro_batches(r, chosen, s.micro_tokens) for chosen in (learns, ~learns)]
     learning, only_measured = (group[ranks.rank() :: ranks.world()] for group in groups)
     rest = (known, m, per_row, s, wanted)

@@ -173,9 +173,7 @@ class Qwen3(nn.Module):
         self.model.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.decoder = None  # the sampler's fast path, kept from call to call
-        self.checkpoint = (
-            False  # make a block's activations again in the backward pass: slow, small
-        )
+        self.checkpoint = False  # make activations again in the backward pass: slow, small
         self.tie()
 
     def tie(self):

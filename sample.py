@@ -189,7 +189,7 @@ def generate(
     row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     slots = min(max_rows, CACHE // (row * (max(map(len, prompts), default=0) + T)))
     sizes = dict(tokens=(), logps=(), entropy=(), hidden=(c.hidden_size,))
-    names = ("tokens", "logps", *keep)
+    names = ("tokens", "logps", *sorted(keep))  # a set's order differs from process to process
     out = {name: torch.zeros(B, T + BLOCK, *sizes[name], device=device) for name in names}
     out["tokens"] = out["tokens"].long()
     mine = range(ranks.rank(), len(prompts), ranks.world())  # the prompts of this process

@@ -33,6 +33,9 @@ FREE += ["tensorboard", "checkpoint"]
 def whole_step():
     """Inside, Ctrl-C and SIGTERM wait for the end, so that parameters, optimizer and files are all
     of the same step. A second one ends the process at once, which a checkpoint survives."""
+    if ranks.rank() > 0:
+        yield  # these follow the first process
+        return
     caught = []
 
     def wait(number, frame):

@@ -53,12 +53,16 @@ def run_cli(main):
                 raise
             line = "out of memory: lower --micro-tokens, --samples, --prompts or --max-new-tokens"
             line = f"error: {line}"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # torchrun's comes while we end: not a traceback
     print(printable(line[:1000]), file=sys.stderr)
     sys.exit(code)
 
 
 def out_of_memory(error) -> bool:
-    return isinstance(error, MemoryError) or "memory" in str(error)
+    """Not so is an illegal memory access."""
+    words = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def interrupt(number, frame):

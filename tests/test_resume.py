@@ -36,6 +36,7 @@ TIMING = {"seconds_rollout", "seconds_verify", "seconds_update", "tokens_per_sec
 ADAPTER = "adapter/adapter_model.safetensors"
 SMALL = "--steps 6 --prompts 2 --samples 3 --max-new-tokens 16 --eval-problems 4 --eval-samples 2"
 SMALL = f"{SMALL} --save-every 2 --eval-every 3 --credit uniform --seed 2".split()
+PRELOAD = ["train", "torch._dynamo", "torch.distributed.run"]  # all that takes long to import
 PHASES = {"sampling": 0.1, "update": 0.1, "saving": 0.02, "evaluation": 0.1}  # and their seconds
 
 # ---- Processes -----------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def child(flags, log, pipe, moment, limit, breaks):
 def start(folder, flags, moment=None, limit=resource.RLIM_INFINITY, breaks=0):
     """A process that begins the run in this folder, or goes on with it, and a pipe from it."""
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["train", "torch._dynamo"])  # which torch.device imports
+    forks.set_forkserver_preload(PRELOAD)
     pipe, theirs = forks.Pipe()
     more = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
     arguments = [*flags, *more], folder.with_suffix(".log"), theirs, moment, limit, breaks
