@@ -1,15 +1,20 @@
 """Memory that runs out in an update, and the table of what fits."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import EOS, close, gradient, handmade, settings, tiny_model
 from test_resume import SMALL, one_error, resume, rows
 
+from bench import memory
 from grpo import update
+from lora import lora_parameters
 from model import Qwen3
 from plumbing import checkpoints
 from plumbing.files import out_of_memory
 
+HOUSE = Path(__file__).parent.parent
 CPU = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 LENGTHS = [2, 5, 3, 6, 4, 4, 6, 1, 3, 2, 5, 5]  # of three problems' completions, four each
@@ -114,3 +119,50 @@ def test_a_run_without_memory_ends_in_a_line_and_keeps_its_checkpoint(
     )
     assert one_error(code, said.err) and said.err.startswith("error: out of memory: lower --micro")
     assert len(rows(folder)) == checkpoints.newest_checkpoint(folder)[1] == 2
+
+
+# ---- What fits -----------------------------------------------------------------------------------
+
+SMALL_MODELS = [(96, 224, 3, 4, 2, True), (160, 320, 5, 2, 1, False)]
+WORK = [(2, 10, 300), (1, 100, 400), (3, 40, 150)]  # rows, tokens of their prompt, tokens of each
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
+@pytest.mark.parametrize("sizes", SMALL_MODELS, ids=["96", "160"])
+def test_the_bytes_of_an_update_are_those_of_the_formula(sizes, again):
+    """A table of what fits that forgets what an update keeps: the tensors that are alive before and
+    while it goes back are counted, whatever made them."""
+    c = memory.config_of(*sizes, head_dim=64, vocab=64)
+    for work in WORK:
+        kept, most = memory.counted(c, 8, *work, again)
+        assert memory.kept_bytes(c, 8, *work, again, gpu=False)[0] == pytest.approx(kept, rel=0.05)
+        told = memory.update_bytes(c, 8, *work, again, gpu=False)
+        assert most <= told <= 1.2 * most  # a bound, and not a loose one
+
+
+def test_logits_take_a_chunk_whatever_the_length(monkeypatch):
+    """The logits of all tokens kept, or taken to be: they would be most of the memory."""
+    assert memory.head_bytes() == pytest.approx(memory.HEAD, rel=0.05)
+    c = memory.config_of(*SMALL_MODELS[0], head_dim=64, vocab=2048)
+    monkeypatch.setattr(memory.grpo, "LOGITS", 2048 * 64)
+    kept, _ = memory.counted(c, 8, 2, 10, 300, True)
+    assert memory.kept_bytes(c, 8, 2, 10, 300, True, gpu=False)[0] == pytest.approx(kept, rel=0.05)
+
+
+def test_the_sizes_are_the_published_ones():
+    """A table of other models than it says. Billions of parameters without the embeddings, as the
+    models' cards say."""
+    published = {"0.6B": 0.44, "1.7B": 1.4, "4B": 3.6, "8B": 6.95, "14B": 13.2, "32B": 31.2}
+    for name, billions in published.items():
+        c = memory.config_of(*memory.SIZES[name])
+        embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+        assert memory.parameters(c) - embeddings == pytest.approx(billions * 1e9, rel=0.015)
+    trained = sum(p.numel() for p in lora_parameters(tiny_model(rank=2)).values())
+    assert memory.adapter_size(tiny_model().config, 2) == trained
+
+
+def test_the_readme_has_the_table(capsys):
+    """A table that no longer says what the code keeps."""
+    memory.table()
+    table, readme = capsys.readouterr().out, (HOUSE / "README.md").read_text(encoding="utf-8")
+    assert table.count("\n") == 8 and table.replace("| --- " * 5 + "|", "|---" * 5 + "|") in readme

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed.run
-from helpers import tiny_model
+from helpers import close, gradient, settings, tiny_model
+from test_memory import step
 from test_resume import PRELOAD, TIMING, finish, rows
 
 from data.problems import TINY
@@ -167,6 +168,28 @@ def test_stopped_and_killed_it_goes_on_with_another_number(flags, whole, tmp_pat
     code, said = finish(folder, flags)
     assert code == 0, said
     assert_same_run(folder, whole)
+
+
+def part(rank, folder):
+    """One of two processes that update; the second has run out of memory before."""
+    store = f"file://{folder / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    s = settings(credit="arca", micro_tokens=[1000, 12][rank])
+    torch.save([gradient(tiny_model(), *step(), s)[0], s.micro_tokens], folder / f"{rank}.pt")
+
+
+def test_processes_divide_the_same_micro_batches(tmp_path):
+    """Out of memory in one of the processes, after which each divides micro-batches of its own
+    size: rows counted twice, and rows by none."""
+    whole, _, _ = gradient(tiny_model(), *step(), settings(credit="arca"))
+    forks = multiprocessing.get_context("forkserver")
+    both = [forks.Process(target=part, args=(rank, tmp_path)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for rank, process in enumerate(both):
+        process.join(30)
+        ours, micro_tokens = torch.load(tmp_path / f"{rank}.pt")
+        assert close(ours, whole, 1e-6) and micro_tokens == 12
 
 
 def test_the_processes_add_up_the_same_tensors_at_a_time(monkeypatch):
