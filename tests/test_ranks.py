@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed.run
 from helpers import close, gradient, settings, tiny_model
+from safetensors.torch import load_file, save_file
 from test_memory import step
 from test_resume import PRELOAD, TIMING, finish, rows
 
@@ -175,7 +176,8 @@ def part(rank, folder):
     store = f"file://{folder / 'store'}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     s = settings(credit="arca", micro_tokens=[1000, 12][rank])
-    torch.save([gradient(tiny_model(), *step(), s)[0], s.micro_tokens], folder / f"{rank}.pt")
+    ours, _, _ = gradient(tiny_model(), *step(), s)
+    save_file(dict(ours=ours, size=torch.tensor(s.micro_tokens)), folder / f"{rank}.safetensors")
 
 
 def test_processes_divide_the_same_micro_batches(tmp_path):
@@ -188,8 +190,8 @@ def test_processes_divide_the_same_micro_batches(tmp_path):
         process.start()
     for rank, process in enumerate(both):
         process.join(30)
-        ours, micro_tokens = torch.load(tmp_path / f"{rank}.pt")
-        assert close(ours, whole, 1e-6) and micro_tokens == 12
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        assert close(found["ours"], whole, 1e-6) and found["size"] == 12
 
 
 def test_the_processes_add_up_the_same_tensors_at_a_time(monkeypatch):
