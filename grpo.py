@@ -335,6 +335,6 @@ def update(model, optimizer, r: Rollout, advantages, s, compare=False):
         m = credit.token_weights(s.credit, known, s.sharpening)
     if s.kl > 0:
         metrics["kl"] = kl_k3(known.logp, known.ref_logp)[known.mask].mean().item()
-    metrics |= measure(r, known) | diagnose(r, known, m, per_row, s, compare)
+    metrics |= measure(r, known, has_spread(r.rewards)) | diagnose(r, known, m, per_row, s, compare)
     metrics["padding"] = padding(r, groups[0] + groups[1])
     return metrics, known, m

@@ -76,10 +76,10 @@ def step_classes(c, tokenizer):
     return classes
 
 
-def measure(r, known: credit.Signals):
-    """What GRPO does, over all the completions of a step."""
+def measure(r, known: credit.Signals, mixed):
+    """What GRPO does, over all the completions of a step; mixed (P,): which groups have spread."""
     rewards, c = r.rewards, r.completions
-    mixed, gap = rewards.amin(1) != rewards.amax(1), (known.logp - c.logps).abs()[known.mask]
+    gap = (known.logp - c.logps).abs()[known.mask]
     metrics = dict(
         reward=rewards.mean(),
         entropy=known.entropy[known.mask].mean(),

@@ -47,12 +47,12 @@ def run_cli(main):
         number, *said = stop.args
         line, code = ": ".join(["stopped", *said]), 128 + number
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        line = "error: " + " ".join(str(error).split())
+        line = " ".join(str(error).split())
         if not isinstance(error, (UserError, OSError)):
             if not out_of_memory(error):
                 raise
             line = "out of memory: lower --micro-tokens, --samples, --prompts or --max-new-tokens"
-            line = f"error: {line}"
+        line = f"error: {line}"
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # torchrun's comes while we end: not a traceback
     print(printable(line[:1000]), file=sys.stderr)

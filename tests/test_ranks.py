@@ -12,9 +12,8 @@ import torch.distributed.run
 from helpers import close, gradient, settings, tiny_model
 from safetensors.torch import load_file, save_file
 from test_memory import step
-from test_resume import PRELOAD, TIMING, finish, rows
+from test_resume import PRELOAD, TIMING, few_problems, finish, rows
 
-from data.problems import TINY
 from plumbing import checkpoints, ranks
 from sample import generate
 
@@ -97,10 +96,7 @@ def assert_same_run(folder, other):
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     """Flags of a short run on few problems, which are read faster."""
-    data = tmp_path_factory.mktemp("data") / "few.jsonl"
-    lines = (TINY / "train.jsonl").read_text(encoding="utf-8").splitlines()[:90]
-    data.write_text("".join(f"{line}\n" for line in lines))
-    return [*RUN, "--data", data]
+    return [*RUN, "--data", few_problems(tmp_path_factory.mktemp("data"))]
 
 
 def single(flags, folder):

@@ -135,10 +135,14 @@ def outcome(folder):
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     """Flags of a short run on few problems, which are read faster."""
-    data = tmp_path_factory.mktemp("data") / "few.jsonl"
+    return [*SMALL, "--data", few_problems(tmp_path_factory.mktemp("data"))]
+
+
+def few_problems(folder):
+    """A JSONL file of few problems."""
     lines = (TINY / "train.jsonl").read_text(encoding="utf-8").splitlines()[:90]
-    data.write_text("".join(f"{line}\n" for line in lines))
-    return [*SMALL, "--data", data]
+    (folder / "few.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return folder / "few.jsonl"
 
 
 @pytest.fixture(scope="module")
