@@ -54,8 +54,10 @@ def run_cli(main):
             line = "out of memory: lower --micro-tokens, --samples, --prompts or --max-new-tokens"
         line = f"error: {line}"
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # torchrun's comes while we end: not a traceback
-    print(printable(line[:1000]), file=sys.stderr)
+        signal.signal(number, signal.SIG_IGN)  # torchrun's comes while we end: the line is said
+    print(printable(line[:1000]), file=sys.stderr, flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # should the interpreter not find its end
     sys.exit(code)
 
 
