@@ -183,14 +183,19 @@ def functions() -> dict:
     return found
 
 
+def body(node) -> slice:
+    """The lines of a function's body, without its docstring; line 1 of the file is 0."""
+    first = node.body[0]
+    start = first.end_lineno if ast.get_docstring(node) is not None else first.lineno - 1
+    return slice(start, node.end_lineno)
+
+
 def blanked(source: str, nodes: dict) -> str:
     """The source of a file without the bodies of these functions of it, given by name."""
     lines = source.split("\n")
     for name, node in sorted(nodes.items(), key=lambda item: -item[1].lineno):
-        first = node.body[0]
-        start = first.end_lineno if ast.get_docstring(node) else first.lineno - 1
         say = f'raise NotImplementedError("yours to write: {name}")'
-        lines[start : node.end_lineno] = [" " * first.col_offset + say]
+        lines[body(node)] = [" " * node.body[0].col_offset + say]
     return "\n".join(lines)
 
 
