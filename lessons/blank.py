@@ -49,9 +49,10 @@ EXERCISES = {
     "rms_norm": (1, (LOGITS,)),
     "rotary": (1, (LOGITS, UNEQUAL)),
     "rotate": (1, (LOGITS, UNEQUAL)),
+    "attention": (1, (LOGITS, CACHE, UNEQUAL)),
     "Attention.forward": (1, (LOGITS, CACHE, UNEQUAL)),
     "KVCache.start": (1, (CACHE, UNEQUAL)),
-    "KVCache.append": (1, (CACHE, UNEQUAL)),
+    "KVCache.attend": (1, (CACHE, UNEQUAL)),
     "uniforms": (
         1,
         ("test_sample.py::test_uniforms", "test_sample.py::test_other_keys_give_other_completions"),

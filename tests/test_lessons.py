@@ -37,9 +37,10 @@ MISTAKES = {  # what people write there: the right words, and the wrong ones
     "rms_norm": ("eps=eps", "eps=1e-6"),
     "rotary": ("-pair / head_dim", "-2 * pair / head_dim"),
     "rotate": ("x.shape[-1] // 2", "1"),  # neighbours as pairs
-    "Attention.forward": ("F.scaled_dot_product_attention(q, k, v", INTERLEAVED),
+    "attention": ("F.scaled_dot_product_attention(q, k, v", INTERLEAVED),
+    "Attention.forward": ("rotate(k, rope)", "k"),
     "KVCache.start": ("<= self.positions", "< self.positions"),  # a token does not see itself
-    "KVCache.append": ("= v.transpose", "= k.transpose"),
+    "KVCache.attend": ("= v.transpose", "= k.transpose"),
     "uniforms": ("int(sample)", "0"),  # all samples of a prompt are the same
     "cut": ("likelier >= top_p", "likelier + masses >= top_p"),  # without the token that crosses
     "invert": ("right=True", "right=False"),  # u = 0 draws what has no probability
@@ -255,12 +256,12 @@ def test_blank_on_the_command_line(tmp_path):
     """A copy made elsewhere than said, one written over another, or a command that grades another
     copy."""
     out = tmp_path / "mine"
-    command = (HOUSE / "lessons/blank.py", "gini", "KVCache.append", "--out", out)
+    command = (HOUSE / "lessons/blank.py", "gini", "KVCache.attend", "--out", out)
     code, said, _ = run(*command)
     assert code == 0 and changed(out) == {"credit.py", "model.py"}
     line = next(line for line in said.split("\n") if line.startswith("    "))
     assert line.startswith(f"    cd {out} && python -m pytest ")
-    assert {*blank.tests_of("gini"), *blank.tests_of("KVCache.append")} <= set(line.split())
+    assert {*blank.tests_of("gini"), *blank.tests_of("KVCache.attend")} <= set(line.split())
     assert not (out / ".git").exists() and not (out / "runs").exists()
     before = (out / "credit.py").read_bytes()
     for wrong, says in (
