@@ -67,14 +67,14 @@ def show(found, about):
     powers = list(next(iter(found.values())))
     print(f"\nGini / effective-token ratio, 95 % intervals over {about['completions']} completions")
     heads = [f"sharpening {p}" for p in powers]
-    print(f"{'rule':18}" + "".join(f"{h:42}" for h in heads) + "paper, rank 64")
+    print(f"{'rule':18}" + "".join(f"{h:50}" for h in heads) + "paper, rank 64")
     for rule, by_power in found.items():
         cells = [
             " / ".join(f"{m:.3f} [{low:.3f}, {high:.3f}]" for m, low, high in by_power[p])
             for p in powers
         ]
         gini, ratio = PUBLISHED[rule, 64][3:]
-        print(f"{rule:18}" + "".join(f"{c:42}" for c in cells) + f"{gini:.3f} / {ratio:.3f}")
+        print(f"{rule:18}" + "".join(f"{c:50}" for c in cells) + f"{gini:.3f} / {ratio:.3f}")
 
 
 def parse_flags():

@@ -83,6 +83,7 @@ def learning(fig, about, rows):
     for ax in axes[3:]:
         ax.set_xlabel("step")
     for ax in axes[::3]:
+        ax.set_ylim(0, 1)
         ax.set_ylabel(f"train reward, mean of {SMOOTH} steps")
 
 
@@ -93,10 +94,11 @@ def concentration(fig, about, rows):
     columns = (("gini", "Gini", 3), ("effective_token_ratio", "effective-token ratio", 4))
     for line, power in zip(axes, (2.0, 1.0), strict=True):
         for ax, (key, name, at) in zip(line, columns, strict=True):
-            ends = [v[at] for v in published]
-            ax.axhspan(min(ends), max(ends), color="#000000", alpha=0.09, linewidth=0)
-            how = dict(va="bottom", ha="right", fontsize=7, transform=ax.get_yaxis_transform())
-            ax.text(0.99, max(ends), "ARCA in the paper", **how)
+            ends = min(v[at] for v in published), max(v[at] for v in published)
+            ax.axhspan(*ends, color="#000000", alpha=0.09, linewidth=0)
+            how = dict(va="center", ha="right", fontsize=7, transform=ax.get_yaxis_transform())
+            how["bbox"] = dict(color="white", alpha=0.7, pad=1, linewidth=0)
+            ax.text(0.99, sum(ends) / 2, "ARCA in the paper", zorder=9, **how)
             for rule in STYLE:
                 draw_curve(ax, curve(rows, cell_of(about, rule, power), key), rule, read(rule))
             ax.set(ylim=(-0.03, 1.03), title=f"{name}, sharpening {power:g}")
@@ -126,7 +128,7 @@ def sharpening(fig, about, rows):
     ax.axvline(2, color="#999999", linewidth=0.6)
     ax.set(xlabel="sharpening (1: the paper's formula, 2: its code)")
     ax.set(ylabel="Gini", ylim=(-0.03, 1.03))
-    ax.set_title("large hollow marks: published, rank 64", fontsize=8)
+    ax.set_title(f"{len(measured)} adapters; large hollow marks: published, rank 64", fontsize=8)
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -141,9 +143,8 @@ def classes(fig, about, rows):
             if not runs:
                 continue
             shares, left = np.mean([row[kind] for row in runs], axis=0), 0.0
-            for share, colour, name in zip(shares, CLASS_COLOURS, CLASSES, strict=True):
-                label = name if i == 0 and shares[CLASSES.index(name)] > 0.001 else None
-                ax.barh(i, share, left=left, color=colour, edgecolor="white", label=label)
+            for share, colour in zip(shares, CLASS_COLOURS, strict=True):
+                ax.barh(i, share, left=left, color=colour, edgecolor="white")
                 if share > 0.06:
                     ink = "white" if colour in ("#0072B2", "#009E73", "#D55E00") else "black"
                     how = dict(ha="center", va="center", fontsize=7, color=ink)
@@ -153,8 +154,8 @@ def classes(fig, about, rows):
         ax.set(xlim=(0, 1), xlabel="share, % in the bars", title=f"sharpening {power:g}")
         ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
     axes[0].invert_yaxis()
-    handles, names = axes[0].get_legend_handles_labels()
-    fig.legend(handles, names, loc="outside lower center", ncols=7, frameon=False)
+    bars = axes[0].containers[: len(CLASSES)]
+    fig.legend(bars, CLASSES, loc="outside lower center", ncols=7, frameon=False)
 
 
 def ranks(fig, about, rows):
@@ -167,11 +168,9 @@ def ranks(fig, about, rows):
             found = [(i + 0.06 * (2 * shift - 1), e) for i, e in found if e]
             colour, marker, _ = STYLE[rule]
             where, means = [i for i, _ in found], [100 * e.mean for _, e in found]
-            spread = [
-                [100 * abs(getattr(e, end) - e.mean) for _, e in found] for end in ("low", "high")
-            ]
+            spread = [[100 * (e.mean - e.low), 100 * (e.high - e.mean)] for _, e in found]
             how = dict(color=colour, marker=marker, capsize=3, linewidth=1.2, label=read(rule))
-            ax.errorbar(where, means, spread, **how)
+            ax.errorbar(where, means, np.reshape(spread, (-1, 2)).T, **how)
         base = estimate(rows, BASE, key)
         if base:
             ax.axhline(100 * base.mean, color="#999999", linestyle=":", label="base model")

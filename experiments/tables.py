@@ -15,10 +15,10 @@ from eval_math import wilson
 from experiments.concentration import PUBLISHED
 from experiments.rows import default_file, in_cell, matrix, paired, read_results
 from experiments.stats import Estimate, bootstrap_p, crossed, holm
+from plumbing.answers import mcnemar, paired_difference
 from plumbing.files import run_cli
 
 BASE = ("base", 0, 0.0)
-NAMES = dict(greedy="greedy", reward="average train reward", gini="Gini")
 
 
 def estimate(rows, cell, metric) -> Estimate | None:
@@ -74,7 +74,15 @@ def accuracy_table(about, rows):
         reward = "-" if cell == BASE else said(estimate(rows, cell, "reward"))
         lines.append(labels(rows, cell, about["seeds"]) + [*measured, reward])
         lines[-1].append(published(cell, slice(0, 3)))
-    heads = ["rule", "rank", "p", "seeds", "greedy, %", "pass@4, %", "average train reward"]
+    heads = [
+        "rule",
+        "rank",
+        "sharpening",
+        "seeds",
+        "greedy, %",
+        "pass@4, %",
+        "average train reward",
+    ]
     title = (
         f"Table 1. Accuracy on {about['problems']} held-out problems after {about['steps']} steps "
         f"of {about['prompts']} x {about['samples']} rollouts [95 % over seeds and problems]"
@@ -88,7 +96,7 @@ def concentration_table(about, rows):
     for cell in map(tuple, about["cells"]):
         both = [said(estimate(rows, cell, m)) for m in ("gini", "effective_token_ratio")]
         lines.append([*labels(rows, cell, about["seeds"]), *both, published(cell, slice(3, 5))])
-    heads = ["rule", "rank", "p", "seeds", "Gini", "effective-token ratio", "paper"]
+    heads = ["rule", "rank", "sharpening", "seeds", "Gini", "effective-token ratio", "paper"]
     return table("Table 2. Concentration, mean over training [95 % over seeds]", heads, lines)
 
 
@@ -103,19 +111,35 @@ def comparisons(about):
     return pairs
 
 
+def compared(x) -> Estimate | None:
+    """A paired difference (S, P) and its p; of one pair of evaluations the exact McNemar test and
+    its interval, which also hold where few problems differ."""
+    if not x.size:
+        return None
+    if len(x) > 1 or x.shape[1] == 1:
+        return crossed(x)
+    lost, won = int((x < 0).sum()), int((x > 0).sum())
+    return Estimate(*paired_difference(lost, won, x.size), mcnemar(lost, won), 1)
+
+
+def shown(p):
+    """A p-value as text."""
+    return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def difference_table(about, rows, metric, name, scale, digits):
     """Paired differences in a metric: on the same problems, with the same seeds."""
     pairs = [(a, b, paired(rows, a, b, metric)) for a, b in comparisons(about)]
-    found = [crossed(x) if x.size else None for _, _, x in pairs]
+    found = [compared(x) for _, _, x in pairs]
     ps = [e.p if e else math.nan for e in found]
     boots = [bootstrap_p(x) if x.size > 1 else math.nan for _, _, x in pairs]
-    lines, shown = [], lambda p: "-" if math.isnan(p) else f"{p:.3f}"
+    lines = []
     for (a, b, x), e, *tested in zip(pairs, found, ps, holm(ps), holm(boots), strict=True):
         rule, rank, power, _ = labels(rows, a, about["seeds"])
         against = f"- {b[0]}"
         lines.append([rule, against, rank, power, str(len(x)), said(e, scale, digits)])
         lines[-1] += map(shown, tested)
-    heads = ["rule", "against", "rank", "p", "pairs", "difference [95 %]", "p-value"]
+    heads = ["rule", "against", "rank", "sharpening", "pairs", "difference [95 %]", "p-value"]
     return table(name, [*heads, "Holm", "Holm, bootstrap"], lines)
 
 
@@ -127,7 +151,7 @@ def tables(about, rows) -> str:
     for metric, name, scale, digits in (
         ("greedy", "greedy accuracy, points", 100, 1),
         ("pass", "pass@4, points", 100, 1),
-        ("reward", "average train reward", 1, 3),
+        ("reward", "mean train reward", 1, 3),
     ):
         title = f"Table {len(parts) + 1}. Difference in {name} ({note})"
         parts.append(difference_table(about, rows, metric, title, scale, digits))
