@@ -95,10 +95,7 @@ def concentration(fig, about, rows):
     for line, power in zip(axes, (2.0, 1.0), strict=True):
         for ax, (key, name, at) in zip(line, columns, strict=True):
             ends = min(v[at] for v in published), max(v[at] for v in published)
-            ax.axhspan(*ends, color="#000000", alpha=0.09, linewidth=0)
-            how = dict(va="center", ha="right", fontsize=7, transform=ax.get_yaxis_transform())
-            how["bbox"] = dict(color="white", alpha=0.7, pad=1, linewidth=0)
-            ax.text(0.99, sum(ends) / 2, "ARCA in the paper", zorder=9, **how)
+            ax.axhspan(*ends, color="#000000", alpha=0.1, linewidth=0, label="ARCA in the paper")
             for rule in STYLE:
                 draw_curve(ax, curve(rows, cell_of(about, rule, power), key), rule, read(rule))
             ax.set(ylim=(-0.03, 1.03), title=f"{name}, sharpening {power:g}")

@@ -35,7 +35,7 @@ class Preset:
 
 # During training the embedded model is evaluated on few problems: `evaluate` does the others.
 PRESETS = {
-    "tiny": Preset(dict(steps=40, eval_problems=50), 16, (4, 64), (1, 2, 3, 4, 5), 500),
+    "tiny": Preset(dict(steps=32, eval_problems=50), 16, (4, 64), (1, 2, 3, 4, 5), 500),
     "paper": Preset(dict(preset="paper"), 64, (4, 16), (1337,), 200),
 }
 
