@@ -195,6 +195,8 @@ def main():
     matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8})
     matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     about, rows = read_results(args.results)
+    if not any(row["rule"] != "base" for row in rows):
+        raise UserError(f"{args.results} holds no training runs yet: let the sweep go on")
     out = Path(args.out or Path(args.results).parent)
     out.mkdir(parents=True, exist_ok=True)
     for name, (draw, size) in FIGURES.items():

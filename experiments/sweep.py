@@ -1,7 +1,7 @@
 """Many runs of train.py under one budget, and what they say: rule x rank x sharpening x seed.
 
-    python experiments/sweep.py --preset tiny      # the embedded model, about an hour on two cores
-    python experiments/sweep.py --preset paper     # the paper's seven runs, and what it lacks
+    python experiments/sweep.py --preset tiny     # the embedded model: 70 minutes on two cores
+    python experiments/sweep.py --preset paper    # the paper's seven runs, and what it lacks
 
 A run is a folder, named after its setting and a hash of all that decides its numbers: the code, the
 model, the data, every setting. So runs of different code or settings never meet, and what is done
@@ -187,17 +187,16 @@ def report(runs, about, out):
 
 def main():
     args = parse_flags()
-    preset, code = PRESETS[args.preset], code_key()
+    preset, code, controls = PRESETS[args.preset], code_key(), not args.no_controls
     given = {k: getattr(args, k) for k in BUDGET if getattr(args, k) is not None}
     out = Path(args.out or f"runs/sweep-{args.preset}")
     seeds = list(dict.fromkeys(args.seeds or preset.seeds))
-    runs = plan(preset, given, seeds, not args.no_controls, out, code)
+    runs = plan(preset, given, seeds, controls, out, code)
     s = runs[0].settings
     about = dict(preset=args.preset, code=code[:10], torch=version("torch"), seeds=seeds)
-    about |= dict(cells=cells(preset.rank, preset.others, not args.no_controls), rank=preset.rank)
-    about |= {k: s[k] for k in ("steps", "prompts", "samples", "lr")} | dict(
-        problems=runs[0].problems
-    )
+    about |= dict(rank=preset.rank, cells=cells(preset.rank, preset.others, controls))
+    about |= {k: s[k] for k in ("steps", "prompts", "samples", "lr")}
+    about["problems"] = runs[0].problems
     if args.list:
         for run in runs:
             print(f"{run.folder}  {'to do' if next_command(run) else 'done'}")
@@ -205,9 +204,7 @@ def main():
     failed = 0
     if not args.tables_only:
         jobs = args.jobs or default_jobs(s)
-        print(
-            f"{len(runs)} runs, {jobs} at a time, in {out}; Ctrl-C stops, the same command goes on"
-        )
+        print(f"{len(runs)} runs, {jobs} at a time, in {out}; Ctrl-C stops them", flush=True)
         try:
             failed = work_through(runs, jobs, code)
         except KeyboardInterrupt as stopped:
