@@ -1,0 +1,117 @@
+"""Means, intervals and p-values over seeds and problems.
+
+Outcomes are a matrix x (S, P): S seeds, that is runs, by P problems that every run is evaluated on.
+Both are samples: of the runs that one could have made, and of the problems one could have asked.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+DRAWS = 10_000  # of the bootstrap
+
+
+@dataclass
+class Estimate:
+    """A mean, its 95 % interval, the two-sided p of its being 0, and the number of seeds."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    seeds: int
+
+
+def t_tail(t, df):
+    """P(|T| >= |t|) for Student's t with any df > 0.
+
+    With T = sqrt(df) tan(a) the density is cos(a)^(df - 1) over its integral, which is smooth: the
+    midpoint rule does.
+    """
+    whole = math.exp(math.lgamma(df / 2) - math.lgamma((df + 1) / 2)) * math.sqrt(math.pi) / 2
+    end = math.atan2(abs(t), math.sqrt(df))
+    angles = (np.arange(2000) + 0.5) * end / 2000
+    inside = (np.cos(angles) ** (df - 1)).mean() * end / whole
+    return max(0.0, 1.0 - float(inside))
+
+
+@cache
+def t_quantile(df, tail=0.05):
+    """The t that |T| exceeds with probability `tail`, by bisection."""
+    low, high = 0.0, 1e4
+    for _ in range(45):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, df) > tail else (low, middle)
+    return high
+
+
+def variance_parts(x):
+    """What seeds and problems add to the variance of the mean of x (S, P), and what both count:
+    [(variance, degrees of freedom)] * 3. One seed, or one problem, adds nothing."""
+    S, P = x.shape
+    seeds, problems, mean = x.mean(axis=1), x.mean(axis=0), x.mean()
+    parts = [(seeds.var(ddof=1) / S, S - 1)] if S > 1 else [(0.0, 1)]
+    parts += [(problems.var(ddof=1) / P, P - 1)] if P > 1 else [(0.0, 1)]
+    if S == 1 or P == 1:
+        return [*parts, (0.0, 1)]
+    rest = x - seeds[:, None] - problems + mean
+    df = (S - 1) * (P - 1)
+    return [*parts, ((rest**2).sum() / df / (S * P), df)]
+
+
+def crossed(x) -> Estimate:
+    """The mean of x (S, P) over seeds and problems as crossed random effects: analysis of variance,
+    with Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946, 110-114).
+
+    The variance is never taken to be less than seeds alone, or problems alone, show. With one
+    problem it is Student's t over seeds; with one seed, over problems; with one of each there is no
+    interval (NaN).
+    """
+    x = np.asarray(x, dtype=np.float64)
+    mean, S = float(x.mean()), len(x)
+    if x.size == 1:
+        return Estimate(mean, math.nan, math.nan, math.nan, S)
+    parts = variance_parts(x)
+    seeds, problems, both = (v for v, _ in parts)
+    variance = max(seeds + problems - both, seeds, problems)
+    if variance < 1e-24:
+        return Estimate(mean, mean, mean, 1.0 if mean == 0 else 0.0, S)
+    df = variance**2 / sum(v**2 / d for v, d in parts)
+    df = min(max(df, 1.0), 1e5)
+    spread = t_quantile(df) * math.sqrt(variance)
+    return Estimate(mean, mean - spread, mean + spread, t_tail(mean / math.sqrt(variance), df), S)
+
+
+@cache
+def resamples(S, P):
+    """How often each seed (DRAWS, S) and each problem (DRAWS, P) is drawn, with replacement; always
+    the same draws. One of a kind is always drawn once."""
+    rng = np.random.default_rng(0)
+    return [rng.multinomial(n, [1 / n] * n, size=DRAWS).astype(np.float32) for n in (S, P)]
+
+
+def bootstrap_p(x):
+    """Two-sided p of the mean of x (S, P) being 0, by drawing seeds and problems anew (Owen,
+    Annals of Applied Statistics 1, 2007, 386-411): twice the share of draws on the other side.
+
+    With few seeds it is too sure of itself, since n draws of n vary by (n - 1) / n of what they
+    should: `crossed` is the one to go by.
+    """
+    x = np.asarray(x, dtype=np.float32)
+    seeds, problems = resamples(*x.shape)
+    sums = ((seeds @ x) * problems).sum(axis=1)  # (DRAWS,)
+    sides = min((sums <= 1e-6).sum(), (sums >= -1e-6).sum())
+    return min(1.0, 2 * (int(sides) + 1) / (DRAWS + 1))
+
+
+def holm(ps):
+    """Holm's p-values (Scand. J. Statist. 6, 1979, 65-70): with these, the chance of one false
+    claim among all of them is held. NaN stays, and does not count."""
+    known = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p))
+    adjusted, largest = list(ps), 0.0
+    for rank, (p, i) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        adjusted[i] = largest
+    return adjusted
