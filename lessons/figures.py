@@ -92,43 +92,37 @@ def follow(run, problems, samples):
 
 
 def example(answers, problems, samples):
-    """A problem that the base model once worked out rightly and once guessed wrongly, in the
-    fewest characters: (problem, the work, the guess)."""
+    """A short problem that the model once worked out rightly and once guessed wrongly: (problem,
+    the work, the guess)."""
     found = []
     for i, p in enumerate(problems):
         own = answers[i * samples : (i + 1) * samples]
         work = [text for text, guess, right in own if right and not guess]
         guess = [text for text, guess, right in own if guess and not right]
         found += [(p["problem"], x, y) for x in work[:1] for y in guess[:1]]
-    long = [x for x in found if 30 < len(x[1]) < 75] or found or [("", "", "")]
-    return min(long, key=lambda x: abs(len(x[1]) - 60))
+    short = [x for x in found if len(x[0]) < 20 and len(x[1]) < 65]
+    return max(short or [("", "", "")], key=lambda x: len(x[1]))
 
 
 def draw_tree(ax, history, told):
     """A problem and the two ways on from it, with how often each is taken before and after."""
     ax.set(xlim=(0, 1), ylim=(0, 1))
     ax.axis("off")
-    before, after = history[0][1], history[-1][1]
+    problem, work, guess = told
     box = dict(boxstyle="round,pad=0.5", facecolor="white", edgecolor="black", linewidth=2)
-    style = dict(va="center", parse_math=False)
-    ax.text(0.0, 0.5, told[0], fontsize=20, bbox=box, family="monospace", **style)
-    for y, colour, guesses, text in ((0.86, WORK, False, told[1]), (0.14, GUESS, True, told[2])):
-        shares = [rate(answers, guesses)[0] / len(answers) for answers in (before, after)]
-        start = 0.03 + 0.0125 * len(told[0])
-        ax.plot([start, start + 0.07], [0.5, y], color=colour, linewidth=5, clip_on=False)
-        name, sign = ("guess", "✗") if guesses else ("work it out", "✓")
-        said = f"{name}:  {shares[0]:.0%} before,  {shares[1]:.0%} after"
-        at = start + 0.085
-        ax.text(at, y + 0.02, said, fontsize=20, weight="bold", color=colour, va="bottom")
-        ax.text(
-            at,
-            y - 0.06,
-            f"{text} {sign}",
-            fontsize=15,
-            family="monospace",
-            va="top",
-            parse_math=False,
-        )
+    mono = dict(family="monospace", parse_math=False)
+    ax.text(0.015, 0.5, problem, fontsize=20, bbox=box, va="center", zorder=5, **mono)
+    fork = 0.026 + 0.0125 * len(problem)  # the box's right end: a letter is 0.6 of 20 points wide
+    for y, colour, text, sign, name, guesses in (
+        (0.8, WORK, work, "✓", "works it out", False),
+        (0.2, GUESS, guess, "✗", "guesses", True),
+    ):
+        ends = (history[0][1], history[-1][1])
+        before, after = (rate(answers, guesses)[0] / len(answers) for answers in ends)
+        said = f"{name}: {before:.0%} before, {after:.0%} after"
+        ax.plot([fork, fork + 0.06], [0.5, y], color=colour, linewidth=6)
+        ax.text(fork + 0.07, y + 0.04, said, fontsize=21, weight="bold", color=colour)
+        ax.text(fork + 0.07, y - 0.05, f"{text} {sign}", fontsize=16, va="top", **mono)
 
 
 def draw_line(ax, xs, ys, colour, label, at, above):
@@ -144,7 +138,7 @@ def draw_line(ax, xs, ys, colour, label, at, above):
 def draw_fork(history, told, path):
     """fork.png: the tree above; below, the share of each way and how often it is right."""
     fig = Figure(figsize=SIZE, dpi=150, layout="constrained")
-    (top, bottom) = fig.subfigures(2, 1, height_ratios=(1, 2))
+    (top, bottom) = fig.subfigures(2, 1, height_ratios=(1, 2), hspace=0.05)
     draw_tree(top.subplots(), history, told)
     left, right = bottom.subplots(1, 2)
     steps = [step for step, _ in history]
@@ -157,9 +151,8 @@ def draw_fork(history, told, path):
         draw_line(right, xs, ys, colour, name, len(xs) // 2, True)
     every = [sum(hit for *_, hit in answers) / len(answers) for _, answers in history]
     right.plot(steps, [100 * y for y in every], color="black", linewidth=3, linestyle=(0, (1, 1)))
-    right.annotate(
-        "all", (steps[1], 100 * every[1]), fontsize=20, xytext=(12, -18), textcoords="offset points"
-    )
+    place = dict(textcoords="offset points", xytext=(12, -18))
+    right.annotate("all", (steps[1], 100 * every[1]), fontsize=20, **place)
     left.set_title("how often it takes each way, %", fontsize=20)
     right.set_title("how often each way is right, %", fontsize=20)
     for ax in (left, right):
