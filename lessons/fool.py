@@ -1,7 +1,8 @@
 """Lesson 3: rewards that can be fooled, and what learning makes of them.
 
-python lessons/fool.py                       # four graders on the same answers
-python lessons/fool.py --train --steps 40    # train.py with the reward `substring`
+python lessons/fool.py                       # four graders on handmade answers
+python lessons/fool.py runs/base.jsonl       # and on those of a model, which eval_math.py wrote
+python lessons/fool.py --train shows_work    # train.py, and its flags, with another reward
 """
 
 import re
@@ -12,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import grpo
 import train
 from eval_math import extract_answer, verify
-from plumbing.files import run_cli
+from plumbing.answers import read_answers
+from plumbing.files import UserError, run_cli
 
 
 def substring(completion, gold):
@@ -32,6 +34,11 @@ def number(completion, gold):
         float(top) / float(low or 1) for top, _, low in (x.partition("/") for x in found[-1:])
     ]
     return gold.lstrip("-").isdigit() and any(abs(x - float(gold)) < 1e-6 for x in values)
+
+
+def shows_work(completion, gold):
+    """Right if it calculates something, whatever it answers: a reward for form alone."""
+    return "=" in completion
 
 
 GRADERS = [substring, string, number, verify]
@@ -54,11 +61,8 @@ ANSWERS = [  # a completion, the gold answer, whether it is right
 ]
 
 
-def main():
-    if "--train" in sys.argv:
-        sys.argv.remove("--train")
-        grpo.verify = substring  # the reward; evaluations go on with eval_math's own
-        return train.main()
+def on_handmade():
+    """Every grader's verdict on ANSWERS, with a ! where it is wrong, and how many of those."""
     print(f"{'right?':7}" + "".join(f"{g.__name__:>11}" for g in GRADERS) + "   gold <- completion")
     wrong = dict.fromkeys(GRADERS, 0)
     for completion, gold, right in ANSWERS:
@@ -68,6 +72,35 @@ def main():
         cells = "".join(f"{('yes' if v else 'no') + '!' * (v != right):>11}" for v in verdicts)
         print(f"{'yes' if right else 'no':7}{cells}   {gold} <- {completion}")
     print(f"{'errors':7}" + "".join(f"{count:11}" for count in wrong.values()))
+
+
+def on_a_model(path):
+    """What each grader pays of a model's guesses and of what it worked out, beside `verify`."""
+    rows = [(r["completion"], r["gold"]) for r in read_answers(path, "completion", "gold")]
+    ways = {"guessed": [x for x in rows if "Clearly" in x[0]]}
+    ways["worked out"] = [x for x in rows if "Clearly" not in x[0]]
+    for way, own in ways.items():
+        truth = [verify(*x) for x in own]
+        print(f"{len(own)} {way}, {sum(truth)} right")
+        for grader in GRADERS[:-1]:
+            pairs = [(bool(grader(*x)), right) for x, right in zip(own, truth, strict=True)]
+            paid, refused = pairs.count((True, False)), pairs.count((False, True))
+            print(f"  {grader.__name__:10} pays {paid} wrong ones, refuses {refused} right ones")
+
+
+def main():
+    if "--train" in sys.argv:
+        at = sys.argv.index("--train")
+        name = sys.argv[at + 1] if at + 1 < len(sys.argv) else ""
+        rewards = {grader.__name__: grader for grader in (shows_work, *GRADERS)}
+        if name not in rewards:
+            raise UserError(f"--train {name}: give one of {', '.join(rewards)}")
+        del sys.argv[at : at + 2]
+        grpo.verify = rewards[name]  # the reward; evaluations go on with eval_math's own
+        return train.main()
+    if len(sys.argv) > 1:
+        return on_a_model(sys.argv[1])
+    on_handmade()
 
 
 if __name__ == "__main__":
