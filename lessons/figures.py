@@ -31,7 +31,6 @@ except ImportError:
     Figure = None
 
 WORK, GUESS = "#0072b2", "#d55e00"  # Okabe and Ito's blue and vermilion: told apart by all eyes
-GREY = "#555555"
 SIZE = (13.33, 7.5)  # inches, the shape of a projector's picture
 RULES = ["uniform", "surprisal", "entropy_reduction", "divergence", "arca", "gcpo", "permuted"]
 FEW = 20  # completions of a way, below which no rate is drawn
@@ -135,12 +134,18 @@ def draw_line(ax, xs, ys, colour, label, at, above):
         ax.annotate(label, (xs[at], 100 * ys[at]), color=colour, fontsize=20, **place)
 
 
-def draw_fork(history, told, path):
-    """fork.png: the tree above; below, the share of each way and how often it is right."""
-    fig = Figure(figsize=SIZE, dpi=150, layout="constrained")
-    (top, bottom) = fig.subfigures(2, 1, height_ratios=(1, 2), hspace=0.05)
-    draw_tree(top.subplots(), history, told)
-    left, right = bottom.subplots(1, 2)
+def dress(ax, title, last):
+    """Axes of per cent over steps, in large type."""
+    ax.set_title(title, fontsize=20)
+    ax.set(ylim=(-3, 103), xlim=(0, last), yticks=(0, 25, 50, 75, 100))
+    ax.tick_params(labelsize=18)
+    ax.set_xlabel("step", fontsize=18)
+    ax.grid(color="#dddddd")
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def draw_ways(left, right, history):
+    """Over the steps, the share of each way, and how often it is right."""
     steps = [step for step, _ in history]
     for guesses, colour, name in ((False, WORK, "works it out"), (True, GUESS, "guesses")):
         counts, hits = zip(*(rate(answers, guesses) for _, answers in history), strict=True)
@@ -149,18 +154,20 @@ def draw_fork(history, told, path):
         known = [(x, y) for x, y, n in zip(steps, hits, counts, strict=True) if n >= FEW]
         xs, ys = zip(*known, strict=True) if known else ((), ())
         draw_line(right, xs, ys, colour, name, len(xs) // 2, True)
-    every = [sum(hit for *_, hit in answers) / len(answers) for _, answers in history]
-    right.plot(steps, [100 * y for y in every], color="black", linewidth=3, linestyle=(0, (1, 1)))
+    every = [100 * sum(hit for *_, hit in answers) / len(answers) for _, answers in history]
+    right.plot(steps, every, color="black", linewidth=3, linestyle=(0, (1, 1)))
     place = dict(textcoords="offset points", xytext=(12, -18))
-    right.annotate("all", (steps[1], 100 * every[1]), fontsize=20, **place)
-    left.set_title("how often it takes each way, %", fontsize=20)
-    right.set_title("how often each way is right, %", fontsize=20)
-    for ax in (left, right):
-        ax.set(ylim=(-3, 103), xlim=(0, steps[-1]), yticks=(0, 25, 50, 75, 100))
-        ax.tick_params(labelsize=18)
-        ax.set_xlabel("step", fontsize=18)
-        ax.grid(color="#dddddd")
-        ax.spines[["top", "right"]].set_visible(False)
+    right.annotate("all", (steps[1], every[1]), fontsize=20, **place)
+    dress(left, "how often it takes each way, %", steps[-1])
+    dress(right, "how often each way is right, %", steps[-1])
+
+
+def draw_fork(history, told, path):
+    """fork.png: the tree, and below it the two ways over the steps."""
+    fig = Figure(figsize=SIZE, dpi=150, layout="constrained")
+    top, bottom = fig.subfigures(2, 1, height_ratios=(1, 2), hspace=0.05)
+    draw_tree(top.subplots(), history, told)
+    draw_ways(*bottom.subplots(1, 2), history)
     fig.savefig(path)
 
 
@@ -190,9 +197,8 @@ def draw_rules(ax, c, rows, wide, colours, mark):
     if not is_right(c):
         frame = dict(fill=False, edgecolor=GUESS, linewidth=4, clip_on=False)
         ax.add_patch(Rectangle((mark, -1.5), 1, len(rows) + 1.5, **frame))
-        ax.text(
-            mark + 0.5, -1.7, "here they part", fontsize=19, color=GUESS, ha="center", va="bottom"
-        )
+        place = dict(ha="center", va="bottom", fontsize=19, color=GUESS)
+        ax.text(mark + 0.5, -1.7, "here they part", **place)
     return mesh
 
 
