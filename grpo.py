@@ -25,7 +25,7 @@ import credit
 from eval_math import verify
 from lora import adapter_off, lora_parameters
 from plumbing import ranks
-from plumbing.batches import Batch, SharedPrompts, make_batch, micro_batches, padding
+from plumbing.batches import Batch, make_batch, micro_batches, padding
 from plumbing.diagnostics import diagnose, measure, step_classes
 from plumbing.files import UserError, out_of_memory
 from sample import Completions, entropy, generate, uniforms
@@ -138,19 +138,16 @@ def predicting_states(model, b: Batch, layer="final"):
 
     A prompt is read once for all its completions; its last state predicts their first tokens.
     """
-    cache, T = SharedPrompts(b.starts), b.mask.shape[1]
-    blocks = [[], []] if layer != "final" else [None, None]
-    first = model(b.prompts, cache, blocks[0])  # (p, L, D)
-    rest = model(b.ids, SharedPrompts(b.starts, b.group, cache), blocks[1])  # (b, T - 1, D)
+    blocks = [] if layer != "final" else None
+    hidden = model(b.ids, b.packed, blocks)  # (1, N, D)
 
-    def joined(prompt, completion):
-        before = prompt[b.group, b.starts[b.group] - 1]  # (b, D)
-        return torch.cat([before[:, None], completion], dim=1)[:, :T]
+    def at_targets(x):  # (1, N, D) -> (b, T, D)
+        return x[0].index_select(0, b.before.flatten()).unflatten(0, b.before.shape)
 
-    states = joined(first, rest)
+    states = at_targets(hidden)
     if layer == "final":
         return states, [states.detach()]
-    compared = [joined(x, y).detach().float() for x, y in zip(*blocks, strict=True)]
+    compared = [at_targets(x).detach().float() for x in blocks]
     return states, compared if layer == "sum" else compared[-1:]
 
 

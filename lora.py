@@ -2,7 +2,7 @@
 
 The layer keeps the two terms apart, so one set of weights is two models: the adapted one, and under
 `adapter_off(model)` the base one, bit for bit. ARCA's residual, the policy divergence and the KL
-penalty all turn that switch; no reference model is copied, and the adapter is never merged.
+penalty all turn that switch; no reference model is copied, and nothing is merged into W.
 Adapters are read and written in PEFT's format (adapter_config.json, adapter_model.safetensors).
 """
 

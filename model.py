@@ -108,8 +108,17 @@ def rotate(x, rope):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
+def attention(q, k, v, mask=None):
+    """Softmax attention of q (B, H, T, K) to k and v (B, H_kv, S, K) -> (B, T, H K): where mask
+    (B, 1, T, S) allows, or causal. H query heads share H_kv heads of keys and values."""
+    if q.is_cuda and mask is not None:  # there a fast kernel has either a mask or grouped heads
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+    return y.transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
-    """Causal attention with grouped queries: H query heads share H_kv heads of keys and values."""
+    """Causal attention with grouped queries."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -127,13 +136,9 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # (B, H, T, K)
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # (B, H_kv, T, K)
         v = self.v_proj(x).view(heads).transpose(1, 2)
-        q, k, mask = rotate(q, rope), rotate(k, rope), None
-        if cache is not None:
-            k, v, mask = cache.append(layer, k, v)  # (B, H_kv, S, K), mask (B, 1, T, S) or None
-        if q.is_cuda and mask is not None:  # there a fast kernel has either a mask or grouped heads
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).reshape(*x.shape[:2], -1))
+        q, k = rotate(q, rope), rotate(k, rope)
+        y = attention(q, k, v) if cache is None else cache.attend(layer, q, k, v)
+        return self.o_proj(y)  # (B, T, D)
 
 
 class MLP(nn.Module):
@@ -231,13 +236,13 @@ class KVCache:
         self.mask = None if fresh else seen[:, None]  # at first, plain causal attention does that
         return self.positions
 
-    def append(self, layer, k, v):
-        """Write k, v (B, H_kv, T, K); returns what to attend to (B, H_kv, S, K), and the mask."""
+    def attend(self, layer, q, k, v):
+        """Write k, v (B, H_kv, T, K); q (B, H, T, K) attend to all that is here -> (B, T, H K)."""
         self.k[layer][self.rows, :, self.positions] = k.transpose(1, 2)
         self.v[layer][self.rows, :, self.positions] = v.transpose(1, 2)
-        if self.mask is None:
-            return k, v, None
-        return self.k[layer][:, :, : self.filled], self.v[layer][:, :, : self.filled], self.mask
+        if self.mask is not None:
+            k, v = self.k[layer][:, :, : self.filled], self.v[layer][:, :, : self.filled]
+        return attention(q, k, v, self.mask)
 
 
 # ---- Checkpoints in Hugging Face layout ----------------------------------------------------------

@@ -78,7 +78,7 @@ def invert(masses, u):
     cdf = masses.cumsum(-1)
     u = torch.minimum(u, cdf[:, -1] * (1 - 2**-50)).clamp(min=0)[:, None]
     index = torch.searchsorted(cdf, u, right=True).clamp(max=masses.shape[1] - 1)  # nan: no index
-    return index[:, 0], (u - (cdf - masses).gather(1, index))[:, 0]
+    return index[:, 0], (u - cdf.gather(1, index) + masses.gather(1, index))[:, 0]
 
 
 def draw(logps, u, top_p=1.0, top_k=0):

@@ -33,7 +33,7 @@ PROMPT = Settings.max_prompt_tokens
 TRAINED = 16  # bytes of a trained number: fp32, its gradient, and AdamW's two moments
 COPIES = 4  # and what the sampler has of it in bf16, with the zeros between its blocks
 HEAD = 16  # bytes of a logit while a chunk of them goes back: `head_bytes` counts them
-BACK = (0.6, 1.1)  # of what a layer keeps, the most that going back makes; with --checkpoint
+BACK = (0.75, 1.12)  # of what a layer keeps, the most that going back makes; with --checkpoint
 
 
 def config_of(hidden, inner, layers, heads, kv, tied, head_dim=128, vocab=151936):
@@ -100,15 +100,15 @@ def of_layer(c, rank, gpu, seen=0):
     one of rows that have `seen` columns before their own.
 
     fp32: what the norms read. bf16: what the adapters read, and their low-rank products; what
-    attention reads and makes; gate, up, silu(gate) and their product. On a GPU the keys and values
-    of completions are repeated for each query head (model.py).
+    attention reads and makes, and that again without padding; gate, up, silu(gate) and their
+    product. On a GPU keys and values of completions are repeated for each query head (model.py).
     """
     Q, V = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     norms = 4 * (2 * c.hidden_size + Q + V) + 4 * (2 + c.num_attention_heads)
     norms += 4 * c.num_key_value_heads + 4 * c.num_attention_heads  # and attention's sums
     adapters = 2 * (2 * c.hidden_size + 7 * rank)
     inner = 2 * 4 * c.intermediate_size
-    return norms + adapters + inner + 2 * 2 * Q + 2 * 2 * (Q if gpu and seen else V)
+    return norms + adapters + inner + 2 * 3 * Q + 2 * 2 * (Q if gpu and seen else V)
 
 
 def parameters(c):
@@ -131,10 +131,8 @@ def kept_bytes(c, rank, rows, prompt, tokens, again, gpu=True):
     columns, wide = prompt + tokens - 1, c.num_attention_heads * c.head_dim if gpu else V
     one = of_layer(c, rank, gpu) * prompt + of_layer(c, rank, gpu, prompt) * N
     one += 2 * N * columns + 4 * wide * rows * prompt  # the mask; keys and values of the prompt
-    one += 2 * 2 * adapter_size(c, rank) // c.num_hidden_layers  # in bf16, for prompt and rows
-    layers = one
-    if again:  # a block's input, and the keys and values of prompts
-        layers = 2 * D * (N + prompt) + 4 * V * prompt
+    one += 2 * adapter_size(c, rank) // c.num_hidden_layers  # in bf16
+    layers = 2 * D * (N + prompt) if again else one  # a block's input
     ends = (4 * D * again + 4 * c.head_dim) * (N + prompt) + again * N * columns
     one_chunk = rows * tokens <= grpo.LOGITS // c.vocab_size
     head = rows * tokens * (16 + 4 * (c.vocab_size if one_chunk else D))

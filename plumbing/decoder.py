@@ -2,8 +2,8 @@
 rest, for it computes what Qwen3.forward does with a cache, and tests hold the two together.
 
 At this size the calls cost more than the arithmetic. So layers that read the same input are one
-product, and so are their adapters; and a GPU, which takes longer to launch a thousand kernels than
-to run them, captures the step as a CUDA graph and replays it.
+product, and so are their adapters; in a small fp32 model they are in it. A GPU, which takes longer
+to launch a thousand kernels than to run them, captures the step as a CUDA graph and replays it.
 """
 
 import torch
@@ -12,21 +12,43 @@ import torch.nn.functional as F
 from lora import LoRALinear
 from model import KVCache, rms_norm, rotary, rotate
 
+SMALL = 2**24  # parameters, up to which the sampler keeps a copy of the weights with the adapter in
+
+
+def base(layer):
+    return layer.base if isinstance(layer, LoRALinear) else layer
+
+
+def merged(layer):
+    """The weight of a linear layer with its adapter, if it has one that is on."""
+    if base(layer) is layer or not layer.on:
+        return base(layer).weight
+    return layer.base.weight + layer.scale * layer.lora_B.weight @ layer.lora_A.weight
+
 
 class Stack:
     """Linear layers that read the same input as one: x (b, D) -> (b, all their outputs)."""
 
     weight = None
 
+    def merge(self, layers):
+        """Copy the layers' weights, the adapters added: exact to fp32's rounding. In bf16 a young
+        adapter would be rounded away, and a large model is not worth a copy."""
+        self.weight = torch.cat([merged(layer) for layer in layers])
+        self.scale, self.out = None, len(self.weight)
+        plain = [base(layer) for layer in layers]
+        self.bias = None if plain[0].bias is None else torch.cat([x.bias for x in plain])
+
     def fill(self, layers):
-        """Take the layers' weights, once, and their adapters, which change between rollouts."""
-        plain = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
+        """Take the layers' weights, once, and their adapters, which change between rollouts.
+        Returns whether tensors have moved."""
+        plain = [base(layer) for layer in layers]
         first, sizes = plain[0], [layer.out_features for layer in plain]
         on = [x for x in layers if isinstance(x, LoRALinear) and x.on]
         self.scale, self.out = on[0].scale if on else None, sum(sizes)
         low = sum(x.rank for x in on)
-        new = self.weight is None or self.weight.data_ptr() != first.weight.data_ptr()
-        if new or len(self.weight) < self.out + low:
+        moved = self.weight is None or self.weight.data_ptr() != first.weight.data_ptr()
+        if moved := moved or len(self.weight) < self.out + low:
             none = first.weight.new_empty(low, first.in_features)
             self.weight = torch.cat([*(layer.weight for layer in plain), none])
             self.bias = None if first.bias is None else torch.cat([x.bias for x in plain])
@@ -38,6 +60,7 @@ class Stack:
             blank = first.weight.new_empty(0)
             B = [x.lora_B.weight if x in on else blank.view(x.out_features, 0) for x in layers]
             self.B.copy_(torch.block_diag(*B).T)
+        return moved
 
     def __call__(self, x):
         if self.scale is None:
@@ -55,6 +78,8 @@ class Decoder:
         c, place = model.config, (model.device, model.lm_head.weight.dtype)
         self.model, self.place, self.graphs = model, place, {}
         self.captures = place[0].type == "cuda"
+        size = sum(p.numel() for p in model.parameters())
+        self.merges = place == (torch.device("cpu"), torch.float32) and size <= SMALL
         self.cache = KVCache(c, rows, columns, *place)
         self.stacks = [[Stack() for _ in range(4)] for _ in model.model.layers]
         rope = rotary(
@@ -78,10 +103,14 @@ class Decoder:
         self.cache.filled = 0
         for block, (qkv, o, up, down) in zip(self.model.model.layers, self.stacks, strict=True):
             attention, mlp = block.self_attn, block.mlp
-            qkv.fill([attention.q_proj, attention.k_proj, attention.v_proj])
-            o.fill([attention.o_proj])
-            up.fill([mlp.gate_proj, mlp.up_proj])
-            down.fill([mlp.down_proj])
+            inputs = {qkv: [attention.q_proj, attention.k_proj, attention.v_proj]}
+            inputs |= {o: [attention.o_proj], down: [mlp.down_proj]}
+            inputs[up] = [mlp.gate_proj, mlp.up_proj]
+            for stack, layers in inputs.items():
+                if self.merges:
+                    stack.merge(layers)
+                elif stack.fill(layers):
+                    self.graphs = {}  # they read what was there before
         self.on = tuple(stack.scale for four in self.stacks for stack in four)
 
     def take(self, other, rows, first=0):

@@ -5,6 +5,7 @@ import torch
 from conftest import tiny_model
 
 from lora import adapter_off, add_lora, lora_parameters
+from plumbing import decoder
 from plumbing.decoder import Decoder, attend
 from sample import generate
 
@@ -34,9 +35,16 @@ def ids_of(model, rows=3, T=11):
     return torch.randint(model.config.vocab_size, (rows, T), generator=rng)
 
 
+@pytest.fixture(params=[True, False], ids=["merged", "stacked"])
+def merges(request, monkeypatch):
+    """Both ways of having the adapters in the decoding step; whether they are added to a copy."""
+    monkeypatch.setattr(decoder, "SMALL", decoder.SMALL if request.param else 0)
+    return request.param
+
+
 @pytest.mark.parametrize("changes", FAMILIES)
 @pytest.mark.parametrize("with_adapter", [False, True])
-def test_decoder_equals_forward(changes, with_adapter):
+def test_decoder_equals_forward(changes, with_adapter, merges):
     """The fast path would sample from another model than the one that is trained."""
     model = (adapted if with_adapter else tiny_model)(**changes)
     ids = ids_of(model)
@@ -44,23 +52,41 @@ def test_decoder_equals_forward(changes, with_adapter):
     torch.testing.assert_close(got, model(ids), atol=1e-5, rtol=1e-5)
 
 
-def test_decoder_follows_the_adapter():
+def test_decoder_follows_the_adapter(merges):
     """A decoder that is kept from rollout to rollout could go on with the adapter of the first, or
-    with it where it is off; and its stacked weights could become a second copy of the model."""
+    with it where it is off, or change the weights that the update trains around; and its stacked
+    weights could become a second copy of a large model."""
     model = adapted()
-    ids, decoder = ids_of(model), Decoder(model, 3, 16)
+    before = {name: p.clone() for name, p in model.named_parameters() if "lora" not in name}
+    ids, fast = ids_of(model), Decoder(model, 3, 16)
     for change in (0.0, 0.5, -1.0):
         for p in lora_parameters(model).values():
             p.data += change * p.abs().mean()
-        torch.testing.assert_close(decoded(model, decoder, ids), model(ids), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(decoded(model, fast, ids), model(ids), atol=1e-5, rtol=1e-5)
     with adapter_off(model):
-        torch.testing.assert_close(decoded(model, decoder, ids), model(ids), atol=1e-5, rtol=1e-5)
-    attention = model.model.layers[0].self_attn
-    stack = decoder.stacks[0][0].weight
-    assert attention.q_proj.base.weight.data_ptr() == stack.data_ptr()
-    assert attention.v_proj.base.weight.untyped_storage().data_ptr() == stack.data_ptr()
+        torch.testing.assert_close(decoded(model, fast, ids), model(ids), atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in before.items())
+    attention, held = model.model.layers[0].self_attn, fast.stacks[0][0].weight
+    weights = [layer.base.weight for layer in (attention.q_proj, attention.v_proj)]
+    views = [w.untyped_storage().data_ptr() == held.untyped_storage().data_ptr() for w in weights]
+    assert views == [not merges] * 2
     again = Decoder(model, 3, 16)
     torch.testing.assert_close(decoded(model, again, ids), model(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_graphs_are_dropped_with_the_weights_that_they_read(monkeypatch):
+    """A GPU samples before there is an adapter (an evaluation of the base): with it the weights are
+    stacked anew, and graphs captured before would read memory that is somebody else's by then."""
+    monkeypatch.setattr(decoder, "SMALL", 0)
+    model = tiny_model()
+    fast = Decoder(model, 3, 16)
+    fast.refresh()
+    fast.graphs = {"captured": None}
+    fast.refresh()
+    assert fast.graphs  # nothing moved
+    add_lora(model, 3, 5.0)
+    fast.refresh()
+    assert not fast.graphs
 
 
 def test_attend_without_rounding():

@@ -196,6 +196,25 @@ def test_hostile_golds(name):
     assert time.process_time() - started < 2
 
 
+RUN = {  # what Python would make of them: 5, whatever equals all, a file
+    "sum": "sum(range(4))-1",
+    "lambda": "(lambda: 5)()",
+    "equals all": "type('', (), {'__eq__': lambda *_: True})()",
+    "writes": "open(FILE, 'w').write('12345')",
+    "imports": "__import__('pathlib').Path(FILE).write_text('12345')",
+}
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_no_answer_is_run(name, tmp_path):
+    """A grader that evaluates answers as code: one of them can then write files, or be right for
+    every gold answer, and with it all that is graded later."""
+    file = tmp_path / "written"
+    answer = RUN[name].replace("FILE", repr(str(file)))
+    assert [verify(rf"\boxed{{{answer}}}", gold) for gold in ("5", "x", "(1,2)")] == [False] * 3
+    assert not file.exists()
+
+
 def test_honest_answers_in_hostile_surroundings():
     """A limit on the whole completion that throws long honest work away."""
     assert verify("work " * 100_000 + r"\boxed{5}", "5") is True

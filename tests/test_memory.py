@@ -12,6 +12,7 @@ from grpo import update
 from lora import lora_parameters
 from model import Qwen3
 from plumbing import checkpoints
+from plumbing.batches import Packed
 from plumbing.files import out_of_memory
 
 HOUSE = Path(__file__).parent.parent
@@ -32,14 +33,15 @@ def step():
 
 
 def failing(monkeypatch, error, fails):
-    """Have forward raise where fails(number of the call, ids) says so; returns the calls' rows."""
+    """Have forward raise where fails(number of the call, rows, T) says so, for T tokens of so many
+    completions; returns the calls."""
     forward, calls = Qwen3.forward, []
 
-    def limited(self, ids, *rest):
-        calls.append(len(ids))
-        if fails(len(calls) - 1, ids):
+    def limited(self, ids, cache, *rest):
+        calls.append(cache.shapes[1] if isinstance(cache, Packed) else ids.shape)
+        if fails(len(calls) - 1, *calls[-1]):
             raise error
-        return forward(self, ids, *rest)
+        return forward(self, ids, cache, *rest)
 
     monkeypatch.setattr(Qwen3, "forward", limited)
     return calls
@@ -65,7 +67,7 @@ def test_too_many_rows_are_done_in_halves(error, rule, monkeypatch, capsys):
     for most, halvings in ((6, 1), (3, 2), (1, 4)):
         s = settings(credit=rule, micro_tokens=1000, kl=0.1)
         with monkeypatch.context() as patch:
-            failing(patch, error, lambda _, ids, most=most: len(ids) > most)
+            failing(patch, error, lambda _, rows, T, most=most: rows > most)
             assert_same(gradient(model, r, advantages, s), whole)
         said = capsys.readouterr().out
         assert s.micro_tokens == 1000 // 2**halvings and said.count("\n") == halvings
@@ -84,11 +86,11 @@ def test_memory_may_run_out_in_any_pass(updates, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         calls = failing(patch, None, lambda *_: False)
         whole = gradient(model, r, advantages, settings(**changes))
-    assert len(calls) > 12
+    assert len(calls) > 6
     for moment in range(len(calls)):
         s = settings(**changes)
         with monkeypatch.context() as patch:
-            failing(patch, CUDA, lambda n, _, moment=moment: n == moment)
+            failing(patch, CUDA, lambda n, *_, moment=moment: n == moment)
             assert_same(gradient(model, r, advantages, s), whole)
         assert s.micro_tokens == 12 and capsys.readouterr().out.count("\n") == 1
 
@@ -101,7 +103,7 @@ def test_one_row_too_large_is_an_error(monkeypatch, capsys):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         before = [p.clone() for p in model.parameters()]
         with monkeypatch.context() as patch, pytest.raises(RuntimeError) as raised:
-            failing(patch, error, lambda _, ids: ids.shape[1] == max(LENGTHS) - 1)
+            failing(patch, error, lambda _, rows, T: max(LENGTHS) - 1 == T)
             update(model, optimizer, r, advantages, settings(micro_tokens=1000))
         assert raised.value is error and capsys.readouterr().out.count("\n") == tries - 1
         assert all(map(torch.equal, model.parameters(), before))

@@ -78,6 +78,18 @@ def test_distribution_is_the_models(temperature, top_k):
     assert ((seen - want) ** 2 / want.clip(1)).sum() < critical
 
 
+def test_nothing_is_cut_unless_asked_for():
+    """A library's own top-k, of which nobody was told: what is sampled is then not what is scored,
+    and no log-prob shows it. Of V even tokens N draws hit V (1 - (1 - 1/V)^N) different ones."""
+    V, N = 400, 1000
+    model = tiny_model(vocab_size=V, tie_word_embeddings=False)
+    model.lm_head.weight.data.zero_()  # so every token is equally likely
+    c = generate(model, [[1, 2, 4]], N, 1)
+    want = V * (1 - (1 - 1 / V) ** N)  # 367, with a deviation of 5
+    assert abs(len(c.tokens.unique()) - want) < 25
+    assert torch.allclose(c.logps, torch.tensor(1 / V).log())
+
+
 def test_draw_at_the_edges():
     """At the ends of the CDF a token of probability 0, or no token at all, could be drawn."""
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
