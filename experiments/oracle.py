@@ -10,9 +10,9 @@ Both take minutes on two cores and say how long is left; --preset quick is a min
 of each a problem, with 95 % intervals from resampling problems:
 
 - `corr`: Spearman's correlation of a completion's weights with |delta|. It flatters a rule that
-  pays uncertain tokens, since they have both delta and noise; `corr_noise`, against |e|, says how
-  much a rule can get for noise. `corr_halves` is against delta_a delta_b, which noise makes positive
-  as often as negative: 0 for noise, and too small for the truth. What is true lies between.
+  pays uncertain tokens, which have more of both, delta and noise; `corr_noise`, against |e|, says
+  how much noise alone would give it. `corr_halves` is against delta_a delta_b, which noise makes
+  positive as often as negative: noise alone gives 0, and beside a truth lowers it.
 - `top`: the share of the credit on the tenth of the tokens with the largest |delta|; `top_halves`
   and `top_noise` likewise. By chance it is a tenth, and a little more in short completions.
 - `agreement`: the policy gradient is sum_t delta_t grad log pi(y_t), and the rule's is A sum_t m_t

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import credit
 from data.problems import problems_of_step
 from experiments.oracle import ROOT, RUN, make_run
-from experiments.oracle_report import bootstrap, cell, mean_of
+from experiments.oracle_report import bootstrap, mean_of
 from experiments.truth import all_signals, open_run
 from grpo import rollout
 from lora import lora_layers
@@ -146,12 +146,13 @@ def measure(folder, prompts):
 
 def print_table(found):
     columns = dict(beta="beta", moved="surprisal moved", stated="bound, stated", proved="proved")
-    columns |= {f"from_limit/{name}": f"{name} from limit" for name in ("divergence", "arca")}
-    columns |= {"to_uniform/0.0001": "div. eps 1e-4 to unif.", "gini/arca": "Gini of ARCA"}
+    columns |= {f"from_limit/{name}": f"{name} moved" for name in ("divergence", "arca")}
+    columns |= {"to_uniform/0.0001": "div. to unif., eps 1e-4", "gini/arca": "Gini of ARCA"}
     print(f"{found['completions']} completions of {found['problems']} problems; L1 distances")
-    print(f"{'scale':6}" + "".join(f"{title:>24}" for title in columns.values()))
+    print(f"{'scale':6}" + "".join(f"{title:>25}" for title in columns.values()))
     for c, row in found["scales"].items():
-        print(f"{c:6}" + "".join(f"{cell(row[key]):>24}" for key in columns))
+        cells = ("{:.3g} [{:.3g}, {:.3g}]".format(*row[key]) for key in columns)
+        print(f"{c:6}" + "".join(f"{text:>25}" for text in cells))
 
 
 def band(ax, x, rows, colour, style, label):
@@ -181,9 +182,10 @@ def draw(found, path):
     looks = dict(arca=("#0072b2", "o-"), divergence=("#d55e00", "s--"), surprisal=("#555555", ":"))
     for key, (colour, style) in looks.items():
         band(axes[2], SCALES, [row[f"from_limit/{key}"] for row in rows], colour, style, key)
-    axes[2].set(title=f"distance to the weights at c = {SMALL:g}", xlabel="adapter scale c")
+    axes[2].set(title=f"distance from c = {SMALL:g}", xlabel="adapter scale c")
+    axes[0].set_ylabel("L1 distance of weights")
     for ax in axes:
-        ax.set(xscale="log", ylabel="L1 distance of weights")
+        ax.set_xscale("log")
         ax.grid(color="#eeeeee", lw=0.6)
         ax.legend(fontsize=7)
     fig.savefig(path)

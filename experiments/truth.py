@@ -15,9 +15,9 @@ it got there, and its outcome on how it goes on.
 
 **Noise.** |delta| of pure noise is not 0. Continuations are dealt into two halves, which are
 independent, and give delta_a and delta_b. Their mean is delta. Half their difference, e, has the
-noise of delta and no truth. The product delta_a delta_b has the mean delta^2, without noise. When the truth itself is a rule
-(`true`: weights |delta|), one half makes the weights and the other half is what they are measured
-against.
+noise of delta and no truth. The product delta_a delta_b has the mean delta^2, without noise. When
+the truth itself is a rule (`true`: weights |delta|), one half makes the weights and the other half
+is what they are measured against.
 """
 
 from dataclasses import asdict, replace

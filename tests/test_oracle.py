@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from helpers import EOS, settings, tiny_model
 
 from experiments import oracle_report
 from experiments.oracle import chosen_rows, score, share_on_top, true_weights
-from experiments.truth import follow, prefix_values, starts_of
+from experiments.truth import follow, open_run, prefix_values, starts_of
 from grpo import Rollout, group_advantages
+from plumbing.files import UserError
 from sample import Completions, generate
+from train import Settings
 
 LIMIT = 5  # tokens a completion may have
 
@@ -80,18 +83,18 @@ def test_values_are_those_of_enumeration(known, reach):
 
 @pytest.fixture(scope="module")
 def many(known):
-    """The deviations of 30 seeds: (seed, half, prefix)."""
-    return np.array([deviations(known, 0.5, n=100, seed=seed) for seed in range(30)])
+    """The deviations of 20 seeds: (seed, half, prefix)."""
+    return np.array([deviations(known, 0.5, n=100, seed=seed) for seed in range(20)])
 
 
 def test_values_are_unbiased(many):
     """An error that is small for one seed but has always one sign would bias every delta."""
-    assert np.abs(many.mean(axis=(0, 1)) * math.sqrt(60)).max() < 4
+    assert np.abs(many.mean(axis=(0, 1)) * math.sqrt(40)).max() < 4
 
 
 def test_halves_are_independent(many):
     """If the halves shared continuations, the product of their deltas would hold noise."""
-    assert abs((many[:, 0] * many[:, 1]).mean()) < 0.15  # their covariance, of variances of 1
+    assert abs((many[:, 0] * many[:, 1]).mean()) < 0.2  # their covariance, of variances of 1
 
 
 def test_deltas_sum_to_reward_minus_the_prompts_value(known):
@@ -209,7 +212,7 @@ def test_true_weights(known, signed):
     the sign of delta; completions without an advantage are not sampled for."""
     model, r, exact = known
     s, advantages = settings(max_new_tokens=LIMIT), group_advantages(r.rewards).flatten()
-    m = true_weights(model, r, advantages, s, [EOS], grade, 4000, 0, signed)
+    m = true_weights(model, r, advantages, s, [EOS], grade, 2000, 0, signed)
     for row in range(8):
         n = int(r.completions.lengths[row])
         ids = tuple(r.completions.tokens[row, :n].tolist())
@@ -227,15 +230,20 @@ def test_true_weights(known, signed):
 # ---- The command line ----------------------------------------------------------------------------
 
 
-def run(*args):
-    command = [sys.executable, "experiments/oracle.py", *args]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def test_errors_are_one_line(tmp_path):
     """A traceback tells a user nothing that he can act on."""
-    done = run("draw", "--out", str(tmp_path / "none.json"))
+    command = [
+        sys.executable,
+        "experiments/oracle.py",
+        "draw",
+        "--out",
+        str(tmp_path / "none.json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.json" in done.stderr
-    (tmp_path / "config.json").write_text(json.dumps({}))
-    done = run("measure", "--run", str(tmp_path))
-    assert done.returncode == 2 and len(done.stderr.splitlines()[-1]) < 300
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="settings"):
+        open_run(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(dict(settings=asdict(Settings()))))
+    with pytest.raises(UserError, match="keeps steps \\[\\], not 10"):
+        open_run(tmp_path, 10)
