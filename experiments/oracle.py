@@ -26,9 +26,9 @@ of each a problem, with 95 % intervals from resampling problems:
 
 import argparse
 import multiprocessing
+import signal
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -38,7 +38,7 @@ from tqdm import tqdm
 import credit
 from data.problems import load_split, problems_of_step
 from eval_math import evaluate
-from experiments.oracle_report import by_side, compare_arms, draw
+from experiments.oracle_report import as_text, by_side, compare_arms, draw
 from experiments.truth import all_signals, grader, open_run, prefix_values
 from grpo import given_signals, group_advantages, has_spread, rollout, update
 from lora import add_lora, lora_parameters
@@ -200,20 +200,18 @@ def train_arm(job):
 # ---- The command line ----------------------------------------------------------------------------
 
 
+def ready():
+    """In each process: one thread, so that sums are rounded alike; Ctrl-C is for the first one."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def run_jobs(work, jobs, processes):
-    """work(job) of each job, in their order, in so many processes of one thread each."""
-    context = multiprocessing.get_context("spawn")
-    one = dict(initializer=torch.set_num_threads, initargs=(1,), mp_context=context)
-    with ProcessPoolExecutor(processes, **one) as pool:
-        futures = [pool.submit(work, job) for job in jobs]
-        bar = tqdm(as_completed(futures), total=len(jobs), desc="jobs", mininterval=0)
-        try:
-            for future in bar:
-                future.result()  # an error ends it all, at once
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [future.result() for future in futures]
+    """work(job) of each job, in their order; the bar says how long is left."""
+    if processes < 1:
+        raise UserError(f"--processes {processes} is not positive")
+    with multiprocessing.get_context("spawn").Pool(processes, ready) as pool:
+        return list(tqdm(pool.imap(work, jobs), total=len(jobs), desc="jobs", mininterval=0))
 
 
 def measure(how, folder, processes):
@@ -257,7 +255,7 @@ def main():
     if a.what != "draw":
         out.parent.mkdir(parents=True, exist_ok=True)
         results |= {f"{a.what}_how": how}
-        files.write_json(out, results)
+        files.write_whole(out, as_text(results).encode())
     draw(results, out.parent)
 
 

@@ -1,6 +1,8 @@
 """The numbers, tables and figures of experiments/oracle.py, from its scored completions."""
 
+import json
 import math
+import re
 
 import numpy as np
 
@@ -46,6 +48,8 @@ def summarise(about, rules):
         shares = {name: about[f"{key}/{name}"].sum() / about[key].sum() for name in CLASSES}
         found[f"{key}_by_class"] = {name: round(float(x), 4) for name, x in shares.items()}
     for name, row in rules.items():
+        if name.endswith("/2") and len(set(about["right"])) == 1:
+            continue  # sharpening 2 for all of them only: the file stays small
         x = {key: np.array(values) for key, values in row.items()}
         out = {key: mean(x[key]) for key in x if key != "along"}
         out["top_above_chance"] = mean(x["top"] - about["chance"])
@@ -103,6 +107,8 @@ def print_measured(measured, p):
     """The table of every rule at one sharpening, by step and side."""
     for step, sides in measured.items():
         for side, found in sides.items():
+            if not any(name.endswith(f"/{p}") for name in found["rules"]):
+                continue
             n = f"{found['completions']} completions of {found['problems']} problems"
             rms = f"rms of delta {found['delta_rms']:.4f}, of its noise {found['noise_rms']:.4f}"
             print(f"\nstep {step}, {side}: {n}; {rms}; chance {found['chance'][0]:.3f}")
@@ -147,7 +153,7 @@ def draw_measured(measured, path):
                 )
                 if key != "agreement":
                     halves = [row.get(f"{key}_halves", [math.nan])[0] for row in rules.values()]
-                    label = "against both halves"
+                    label = f"{side}, against the product of halves"
                     ax.plot(halves, at, marker, mfc="none", mec=colour, ms=4, label=label)
                 ax.set_yticks(range(len(rules)), rules, fontsize=8)
             ax.axvline(sides["both"]["chance"][0] if key == "top" else 0, color="#888888", lw=0.8)
@@ -155,37 +161,48 @@ def draw_measured(measured, path):
             ax.grid(axis="y", color="#e5e5e5", lw=0.6)
             ax.set_axisbelow(True)
         line[0].set_ylim(len(rules) - 0.4, -0.6)
-    axes[0, 0].legend(fontsize=7, loc="lower right")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4)
     fig.savefig(path)
 
 
 def draw_trained(trained, path):
-    """Reward by step, with the 95 % band of the seeds, and greedy accuracy after, a dot a seed."""
+    """Reward by step; the same minus uniform's, with the 95 % band of the seeds; and greedy
+    accuracy after, a dot a seed."""
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(8, 3.2), dpi=150, layout="constrained")
-    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
-    styles = zip(("#555555", "#0072b2", "#d55e00", "#009e73"), ("-", "--", "-.", ":"), strict=True)
+    fig = Figure(figsize=(10, 3.2), dpi=150, layout="constrained")
+    left, middle, right = fig.subplots(1, 3)
+    styles = (("#555555", "-"), ("#0072b2", "--"), ("#d55e00", "-."), ("#009e73", ":"))
+    plain = np.array([smooth(run["rewards"]) for run in trained["uniform"]["runs"]])
     for i, ((arm, found), (colour, dashes)) in enumerate(zip(trained.items(), styles, strict=True)):
         curve = np.array([smooth(run["rewards"]) for run in found["runs"]])  # (seeds, steps)
-        mean, low, high = np.array([student(x) for x in curve.T]).T
-        steps = np.arange(1, len(mean) + 1)
-        left.plot(steps, mean, dashes, color=colour, label=arm)
-        left.fill_between(steps, low, high, color=colour, alpha=0.12, lw=0)
-        dots = [run["greedy"] for run in found["runs"]]
-        right.plot([i] * len(dots), dots, ".", color=colour, ms=5, alpha=0.6)
-        x = found["greedy"]
-        right.errorbar([i + 0.2], x[0], yerr=[[x[0] - x[1]], [x[2] - x[0]]], fmt="o", color=colour)
-    left.set(xlabel="step", ylabel="reward (mean of 5 steps)")
+        steps = np.arange(1, curve.shape[1] + 1)
+        left.plot(steps, curve.mean(0), dashes, color=colour, label=arm)
+        mean, low, high = np.array([student(x) for x in (curve - plain).T]).T
+        middle.plot(steps, mean, dashes, color=colour)
+        middle.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+        dots, x = [run["greedy"] for run in found["runs"]], found["greedy"]
+        right.plot([i] * len(dots), dots, ".", color=colour, ms=6, alpha=0.6)
+        spread = [[x[0] - x[1]], [x[2] - x[0]]]
+        right.errorbar([i + 0.2], x[0], yerr=spread, fmt="o", color=colour, ms=5)
+    left.set(xlabel="step", title="reward, mean of 5 steps")
+    middle.set(xlabel="step", title="the same, minus uniform's")
     left.legend(fontsize=8)
     right.set_xticks(range(len(trained)), trained, fontsize=8)
-    right.set(ylabel="held-out greedy accuracy")
+    right.set(title="held-out greedy accuracy after")
     fig.savefig(path)
 
 
 def smooth(x, width=5):
     """The mean of each number and up to width - 1 before it."""
     return [float(np.mean(x[max(0, i + 1 - width) : i + 1])) for i in range(len(x))]
+
+
+def as_text(results):
+    """JSON with a line for every list of numbers, and not for every number."""
+    text = json.dumps(results, indent=1)
+    return re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 def draw(results, folder):
