@@ -22,6 +22,9 @@ of each a problem, with 95 % intervals from resampling problems:
   of n completions: in [-1, 1] but for noise, which is in the denominator averaged out. No weights
   reach 1 that are not negative, since right completions have tokens with delta < 0; `true_side`,
   with weights max(0, sign(A) delta), is the most that they can reach.
+- `agreement_logits`: the same, with token gradients as long as those for the logits: in L1 that is
+  2 (1 - pi(y_t)). A token that was next to certain has next to no gradient, so whatever a rule pays
+  it hardly matters: this is nearer to what an update does, and kinder to uniform.
 """
 
 import argparse
@@ -71,13 +74,17 @@ def share_on_top(m, x, mask):
     return (m * (above + tied * part)).sum(1) / m.sum(1).clamp(min=1e-12)
 
 
-def score(m, delta, sign, mask, halves=None):
-    """What the weights m (b, T) of completions achieve against delta (b, T): (b,)s by name. With
-    halves (2, b, T) also against their product, and against their difference, which is noise."""
+def score(m, delta, sign, mask, steep, halves=None):
+    """What the weights m (b, T) of completions achieve against delta (b, T): (b,)s by name; steep
+    (b, T) is how long each token's gradient for the logits is. With halves (2, b, T) also against
+    their product, and against their difference, which is noise."""
     against = {"": delta.abs()}
     if halves is not None:
         against |= dict(_halves=halves.prod(0), _noise=halves.diff(dim=0)[0].abs())
-    found = dict(along=sign * (m * delta).sum(1) / m.norm(dim=1).clamp(min=1e-12))
+    found = {}
+    for end, g in (("", torch.ones_like(steep)), ("_logits", steep)):
+        size = (m * g).norm(dim=1).clamp(min=1e-12)
+        found["along" + end] = sign * (m * delta * g**2).sum(1) / size
     for end, x in against.items():
         found["corr" + end] = rank_correlation(m, x, mask)
         found["top" + end] = share_on_top(m, x, mask)
@@ -92,7 +99,9 @@ def score_rules(r, known, rows, V):
     mask, classes = known.mask[rows, :T], r.classes[rows, :T]
     mean, noise, sign = delta.mean(0), delta.diff(dim=0)[0] / 2, 2 * right - 1
     about = dict(right=right, tokens=mask.sum(1), prompt_value=V[:, :, 0].mean(0))
+    steep = (1 - known.logp[rows, :T].exp()) * mask  # half the gradient for the logits, in L1
     about.update(size=delta.prod(0).sum(1), noise=(noise**2).sum(1))
+    about["size_logits"] = (delta.prod(0) * steep**2).sum(1)
     about["chance"] = share_on_top(mask.float(), mean.abs(), mask)
     for i, name in enumerate(CLASSES):
         inside = mask & (classes == i)
@@ -101,10 +110,10 @@ def score_rules(r, known, rows, V):
     for name in credit.METHODS:
         for p in (1, 2):
             m = credit.token_weights(name, known, p)[rows, :T]
-            rules[f"{name}/{p}"] = score(m, mean, sign, mask, delta)
+            rules[f"{name}/{p}"] = score(m, mean, sign, mask, steep, delta)
     side = (sign[:, None] * delta).clamp(min=0)
     for name, weights in (("true", delta.abs()), ("true_side", side)):
-        two = [score(weights[i], delta[1 - i], sign, mask) for i in (0, 1)]
+        two = [score(weights[i], delta[1 - i], sign, mask, steep) for i in (0, 1)]
         rules[f"{name}/1"] = {key: (two[0][key] + two[1][key]) / 2 for key in two[0]}
     plain = lambda group: {key: x.tolist() for key, x in group.items()}  # noqa: E731
     return dict(about=plain(about), rules={name: plain(x) for name, x in rules.items()})

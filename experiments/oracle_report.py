@@ -41,8 +41,9 @@ def summarise(about, rules):
     mean = lambda x: bootstrap([x, one], groups, mean_of)  # noqa: E731
     found = dict(completions=len(groups), problems=len(set(groups)), rules={})
     found.update(tokens=mean(about["tokens"]), prompt_value=mean(about["prompt_value"]))
-    found["delta_rms"] = (about["size"].sum() / about["tokens"].sum()).clip(0) ** 0.5
-    found["noise_rms"] = (about["noise"].sum() / about["tokens"].sum()) ** 0.5
+    for name, key in (("delta", "size"), ("noise", "noise")):
+        square = about[key].sum() / about["tokens"].sum()
+        found[f"{name}_rms"] = round(float(max(0.0, square) ** 0.5), 5)
     found["chance"] = mean(about["chance"])
     for key in ("tokens", "size"):  # where the tokens are, and where what decides is
         shares = {name: about[f"{key}/{name}"].sum() / about[key].sum() for name in CLASSES}
@@ -51,11 +52,13 @@ def summarise(about, rules):
         if name.endswith("/2") and len(set(about["right"])) == 1:
             continue  # sharpening 2 for all of them only: the file stays small
         x = {key: np.array(values) for key, values in row.items()}
-        out = {key: mean(x[key]) for key in x if key != "along"}
+        out = {key: mean(x[key]) for key in x if "along" not in key}
         out["top_above_chance"] = mean(x["top"] - about["chance"])
-        out["agreement"] = bootstrap([x["along"], one, about["size"]], groups, cosine)
-        gain = x["along"] - np.array(rules["uniform/1"]["along"])
-        out["agreement_above_uniform"] = bootstrap([gain, one, about["size"]], groups, cosine)
+        for end in ("", "_logits"):
+            size, along = about["size" + end], x["along" + end]
+            gain = along - np.array(rules["uniform/1"]["along" + end])
+            for key, values in (("", along), ("_above_uniform", gain)):
+                out[f"agreement{end}{key}"] = bootstrap([values, one, size], groups, cosine)
         found["rules"][name] = out
     return found
 
@@ -112,11 +115,22 @@ def print_measured(measured, p):
             n = f"{found['completions']} completions of {found['problems']} problems"
             rms = f"rms of delta {found['delta_rms']:.4f}, of its noise {found['noise_rms']:.4f}"
             print(f"\nstep {step}, {side}: {n}; {rms}; chance {found['chance'][0]:.3f}")
-            heads = "corr with |delta|", "of noise", "with halves", "top tenth", "with halves"
-            print(f"{f'sharpening {p}':18}" + "".join(f"{x:>24}" for x in (*heads, "agreement")))
+            heads = (
+                "corr with |delta|",
+                "of noise",
+                "with halves",
+                "top tenth",
+                "with halves",
+                "agreement",
+            )
+            print(
+                f"{f'sharpening {p}':18}"
+                + "".join(f"{x:>24}" for x in (*heads, "agreement in logits"))
+            )
             for name, x in found["rules"].items():
                 if name.endswith(f"/{p}"):
                     keys = ("corr", "corr_noise", "corr_halves", "top", "top_halves", "agreement")
+                    keys += ("agreement_logits",)
                     cells = [cell(x[key]) if key in x else "" for key in keys]
                     print(f"{name[:-2]:18}" + "".join(f"{text:>24}" for text in cells))
 
@@ -131,13 +145,13 @@ def print_trained(trained):
 
 
 def draw_measured(measured, path):
-    """A row of panels a checkpoint: the three measures of every rule, right and wrong apart."""
+    """A row of panels a checkpoint: the measures of every rule, right and wrong apart."""
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(10, 4.1 * len(measured)), dpi=150, layout="constrained")
-    axes = fig.subplots(len(measured), 3, squeeze=False, sharey=True, sharex="col")
+    fig = Figure(figsize=(12, 4.1 * len(measured)), dpi=150, layout="constrained")
+    axes = fig.subplots(len(measured), 4, squeeze=False, sharey=True, sharex="col")
     titles = dict(corr="rank correlation with |delta|", top="credit on the decisive tenth")
-    titles["agreement"] = "agreement with the true gradient"
+    titles |= dict(agreement="agreement", agreement_logits="agreement in logits")
     for line, (step, sides) in zip(axes, measured.items(), strict=True):
         for ax, key in zip(line, titles, strict=True):
             for side, colour, marker, shift in (
@@ -151,7 +165,7 @@ def draw_measured(measured, path):
                 ax.errorbar(
                     x[0], at, xerr=spread, fmt=marker, color=colour, ms=4, lw=1.2, label=side
                 )
-                if key != "agreement":
+                if key in ("corr", "top"):
                     halves = [row.get(f"{key}_halves", [math.nan])[0] for row in rules.values()]
                     label = f"{side}, against the product of halves"
                     ax.plot(halves, at, marker, mfc="none", mec=colour, ms=4, label=label)

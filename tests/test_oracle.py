@@ -141,9 +141,12 @@ def test_measures_by_hand():
     delta = torch.tensor([[0.0, -0.6, 0.8, 0.0, 0.0]])
     m = torch.tensor([[1.0, 0.0, 3.0, 0.0, 0.0]])
     halves = torch.stack([delta + 0.1, delta - 0.1])  # they differ by the same everywhere
+    steep = torch.tensor([[0.5, 1.0, 0.5, 1.0, 0.0]])
     for sign in (1.0, -1.0):
-        x = score(m, delta, torch.tensor([sign]), mask, halves)
+        x = score(m, delta, torch.tensor([sign]), mask, steep, halves)
         assert x["along"].item() == pytest.approx(sign * 2.4 / 10**0.5, abs=1e-6)
+        # (3 x 0.8 x 0.25) / sqrt(0.25 + 2.25)
+        assert x["along_logits"].item() == pytest.approx(sign * 0.6 / 2.5**0.5, abs=1e-6)
         assert x["top"].item() == pytest.approx(0.75)
         assert x["top_halves"].item() == pytest.approx(0.75)  # 0.9 x 0.7 is the largest product
 
@@ -155,7 +158,8 @@ def test_noise_alone_scores_nothing_against_halves():
     spread = torch.arange(1, 31).expand(2000, 30) / 30.0
     halves = torch.randn(2, 2000, 30, generator=rng) * spread
     mask, sign = torch.ones(2000, 30).bool(), torch.ones(2000)
-    x = {k: v.mean().item() for k, v in score(spread, halves.mean(0), sign, mask, halves).items()}
+    x = score(spread, halves.mean(0), sign, mask, spread, halves)
+    x = {key: value.mean().item() for key, value in x.items()}
     assert x["corr"] > 0.4 and abs(x["corr_noise"] - x["corr"]) < 0.02
     assert abs(x["corr_halves"]) < 0.02 and abs(x["along"]) < 0.02
 
