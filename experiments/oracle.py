@@ -53,7 +53,7 @@ from train import Settings, lr_at
 
 ROOT = Path(__file__).parent.parent
 RUN = str(ROOT / "runs/oracle-arca")
-FULL = dict(steps=[10, 80], batches=10, pairs=1, continuations=512, least=64)
+FULL = dict(steps=[10, 80], batches=18, pairs=1, continuations=512, least=64)
 FULL |= dict(train_steps=30, train_prompts=8, seeds=5, train_continuations=32, eval_problems=400)
 QUICK = dict(steps=[10, 80], batches=2, pairs=1, continuations=64, least=16)
 QUICK |= dict(train_steps=4, train_prompts=4, seeds=2, train_continuations=16, eval_problems=40)
