@@ -1,0 +1,272 @@
+"""Does a credit rule pay the tokens that decide the outcome? Measured against sampled truth.
+
+    python experiments/oracle.py measure    # every rule against the truth, early and late in a run
+    python experiments/oracle.py train      # what perfect credit would buy: it as the weight
+    python experiments/oracle.py draw       # the tables and figures again, from the results
+
+Both take minutes on two cores and say how long is left; --preset quick is a miniature of both.
+
+**Measures**, over completions of problems with right and wrong ones (no others teach anything), one
+of each a problem, with 95 % intervals from resampling problems:
+
+- `corr`: Spearman's correlation of a completion's weights with |delta|. It flatters a rule that
+  pays uncertain tokens, which have more of both, delta and noise; `corr_noise`, against |e|, says
+  how much noise alone would give it. `corr_halves` is against delta_a delta_b, which noise makes
+  positive as often as negative: noise alone gives 0, and beside a truth lowers it.
+- `top`: the share of the credit on the tenth of the tokens with the largest |delta|; `top_halves`
+  and `top_noise` likewise. By chance it is a tenth, and a little more in short completions.
+- `agreement`: the policy gradient is sum_t delta_t grad log pi(y_t), and the rule's is A sum_t m_t
+  grad log pi(y_t). If the gradients of tokens had one length and were orthogonal, the cosine of the
+  two would be that of their coefficients. So with u_t = sign(A) m_t / ||m|| (how much a completion
+  counts is not the rule's affair) it is sum u delta / sqrt(n sum delta_a delta_b), over all tokens
+  of n completions: in [-1, 1] but for noise, which is in the denominator averaged out. No weights
+  reach 1 that are not negative, since right completions have tokens with delta < 0; `true_side`,
+  with weights max(0, sign(A) delta), is the most that they can reach.
+- `agreement_logits`: the same, with token gradients as long as those for the logits: in L1 that is
+  2 (1 - pi(y_t)). A token that was next to certain has next to no gradient, so whatever a rule pays
+  it hardly matters: this is nearer to what an update does, and kinder to uniform.
+"""
+
+import argparse
+import multiprocessing
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+from tqdm import tqdm
+
+import credit
+from data.problems import load_split, problems_of_step
+from eval_math import evaluate
+from experiments.oracle_report import as_text, by_side, compare_arms, draw
+from experiments.truth import all_signals, grader, open_run, prefix_values
+from grpo import given_signals, group_advantages, has_spread, rollout, update
+from lora import add_lora, lora_parameters
+from plumbing import files
+from plumbing.cli import load_base
+from plumbing.diagnostics import CLASSES, rank_correlation
+from plumbing.files import UserError, run_cli
+from train import Settings, lr_at
+
+ROOT = Path(__file__).parent.parent
+RUN = str(ROOT / "runs/oracle-arca")
+FULL = dict(steps=[10, 80], batches=18, pairs=1, continuations=512, least=64)
+FULL |= dict(train_steps=30, train_prompts=8, seeds=5, train_continuations=32, eval_problems=400)
+QUICK = dict(steps=[10, 80], batches=2, pairs=1, continuations=64, least=16)
+QUICK |= dict(train_steps=4, train_prompts=4, seeds=2, train_continuations=16, eval_problems=40)
+PRESETS = dict(full=FULL, quick=QUICK)
+
+
+# ---- Every rule against the truth ----------------------------------------------------------------
+
+
+def share_on_top(m, x, mask):
+    """The share of each row's credit m (b, T) on its tenth of tokens with the largest x; of tokens
+    that tie for the last place each counts in part."""
+    k = (credit.lengths(mask) / 10).ceil()  # (b, 1)
+    x = x.masked_fill(~mask, -9.0)
+    edge = x.sort(dim=1, descending=True).values.gather(1, k.long() - 1)
+    above, tied = x > edge, x == edge
+    part = (k - above.sum(1, keepdim=True)) / tied.sum(1, keepdim=True)
+    return (m * (above + tied * part)).sum(1) / m.sum(1).clamp(min=1e-12)
+
+
+def score(m, delta, sign, mask, steep, halves=None):
+    """What the weights m (b, T) of completions achieve against delta (b, T): (b,)s by name; steep
+    (b, T) is how long each token's gradient for the logits is. With halves (2, b, T) also against
+    their product, and against their difference, which is noise."""
+    against = {"": delta.abs()}
+    if halves is not None:
+        against |= dict(_halves=halves.prod(0), _noise=halves.diff(dim=0)[0].abs())
+    found = {}
+    for end, g in (("", torch.ones_like(steep)), ("_logits", steep)):
+        size = (m * g).norm(dim=1).clamp(min=1e-12)
+        found["along" + end] = sign * (m * delta * g**2).sum(1) / size
+    for end, x in against.items():
+        found["corr" + end] = rank_correlation(m, x, mask)
+        found["top" + end] = share_on_top(m, x, mask)
+    found.update(gini=credit.gini(m, mask), ratio=credit.effective_token_ratio(m, mask))
+    return found
+
+
+def score_rules(r, known, rows, V):
+    """Per completion: what it is (`about`), and by rule what its weights achieve; lists of (b,)."""
+    delta = V.diff(dim=2)  # (2, b, T)
+    T, right = delta.shape[2], r.rewards.flatten()[rows]
+    mask, classes = known.mask[rows, :T], r.classes[rows, :T]
+    mean, noise, sign = delta.mean(0), delta.diff(dim=0)[0] / 2, 2 * right - 1
+    about = dict(right=right, tokens=mask.sum(1), prompt_value=V[:, :, 0].mean(0))
+    steep = (1 - known.logp[rows, :T].exp()) * mask  # half the gradient for the logits, in L1
+    about.update(size=delta.prod(0).sum(1), noise=(noise**2).sum(1))
+    about["size_logits"] = (delta.prod(0) * steep**2).sum(1)
+    about["chance"] = share_on_top(mask.float(), mean.abs(), mask)
+    for i, name in enumerate(CLASSES):
+        inside = mask & (classes == i)
+        about |= {f"tokens/{name}": inside.sum(1), f"size/{name}": (delta.prod(0) * inside).sum(1)}
+    rules = {}
+    for name in credit.METHODS:
+        for p in (1, 2):
+            m = credit.token_weights(name, known, p)[rows, :T]
+            rules[f"{name}/{p}"] = score(m, mean, sign, mask, steep, delta)
+    side = (sign[:, None] * delta).clamp(min=0)
+    for name, weights in (("true", delta.abs()), ("true_side", side)):
+        two = [score(weights[i], delta[1 - i], sign, mask, steep) for i in (0, 1)]
+        rules[f"{name}/1"] = {key: (two[0][key] + two[1][key]) / 2 for key in two[0]}
+    plain = lambda group: {key: x.tolist() for key, x in group.items()}  # noqa: E731
+    return dict(about=plain(about), rules={name: plain(x) for name, x in rules.items()})
+
+
+def chosen_rows(rewards, pairs):
+    """The first `pairs` right and wrong completions of each problem that has both, as rows."""
+    G, rows = rewards.shape[1], []
+    for p in has_spread(rewards).nonzero()[:, 0].tolist():
+        for side in (rewards[p] > 0, rewards[p] <= 0):
+            rows += [p * G + i for i in side.nonzero()[:pairs, 0].tolist()]
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def measure_batch(job):
+    """Every rule on a batch of completions as training samples them, at a checkpoint of a run."""
+    folder, step, batch, how = job
+    model, tokenizer, s, problems = open_run(folder, step)
+    at = s.steps + batch  # problems that the run has not seen
+    problems = problems_of_step(problems, s.prompts, s.seed, at)
+    r = rollout(model, tokenizer, problems, s, at, compare=True)
+    known, rows = all_signals(model, r, s), chosen_rows(r.rewards, how["pairs"])
+    if not len(rows):
+        return None
+    grade = grader(tokenizer, problems)
+    sampling = (grade, how["continuations"], how["least"], at)
+    V, _ = prefix_values(model, r, rows, s, tokenizer.eos_ids, *sampling)
+    found = score_rules(r, known, rows, V)
+    found["about"]["group"] = (batch * s.prompts + rows // s.samples).tolist()
+    return found
+
+
+# ---- A run and its checkpoints -------------------------------------------------------------------
+
+
+def make_run():
+    """The run whose checkpoints are measured, unless it is there; one cut short goes on. Returns
+    its folder."""
+    new = ["--credit", "arca", "--save-every", "10", "--keep", "9", "--out", RUN]
+    new += ["--eval-problems", "200", "--eval-samples", "0"]
+    args = ["--resume", RUN] if (Path(RUN) / "config.json").exists() else new
+    if subprocess.run([sys.executable, str(ROOT / "train.py"), *args]).returncode:
+        raise UserError(f"{RUN} could not be trained: see above")
+    return RUN
+
+
+# ---- What perfect credit would buy ---------------------------------------------------------------
+
+
+def true_weights(model, r, advantages, s, eos_ids, grade, n, step, signed):
+    """Multipliers (B, T) in proportion to |delta|; signed: to delta itself, for every advantage."""
+    mask, rows = given_signals(r, advantages).mask, advantages.nonzero()[:, 0]
+    m = mask.float()
+    if len(rows):
+        V, _ = prefix_values(model, r, rows, s, eos_ids, grade, n, 2, step)
+        delta = V.mean(0).diff(dim=1)  # (b, t), of the longest of these rows
+        m[rows, : delta.shape[1]] = credit.share(delta.abs(), mask[rows, : delta.shape[1]], 1)
+        if signed:
+            m[rows, : delta.shape[1]] *= delta.sign() * advantages[rows, None].sign()
+    return m
+
+
+def train_arm(job):
+    """Train with one rule and one seed: the reward of each step and the greedy accuracy after."""
+    arm, seed, how = job
+    s = Settings(credit=arm, seed=seed, steps=how["train_steps"], prompts=how["train_prompts"])
+    s.eval_problems = how["eval_problems"]
+    if arm.startswith("true"):
+        credit.METHODS[arm] = (None, (), credit.STEP)  # each step brings the rule with its truth
+    model, tokenizer = load_base(s)
+    train, held_out, _ = load_split(s, tokenizer)
+    add_lora(model, s.rank, s.alpha, seed=s.seed)
+    trained, rewards = list(lora_parameters(model).values()), []
+    optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, s.beta2), weight_decay=0.0)
+    for step in range(1, s.steps + 1):
+        problems = problems_of_step(train, s.prompts, s.seed, step)
+        r = rollout(model, tokenizer, problems, s, step)
+        advantages = group_advantages(r.rewards, s.advantage).flatten()
+        if arm.startswith("true"):
+            sampling = (grader(tokenizer, problems), how["train_continuations"], step)
+            signed = arm == "true_signed"
+            m = true_weights(model, r, advantages, s, tokenizer.eos_ids, *sampling, signed)
+            credit.METHODS[arm] = (lambda known, p, m=m: m, (), credit.STEP)
+        optimizer.param_groups[0]["lr"] = lr_at(step, s)
+        update(model, optimizer, r, advantages, s)
+        rewards.append(r.rewards.mean().item())
+    prompts, golds = [p["prompt"] for p in held_out], [p["answer"] for p in held_out]
+    last = (0, s.max_new_tokens, s.temperature, s.top_p, s.seed)
+    greedy = evaluate(model, tokenizer, prompts, golds, *last)[0]["greedy"]
+    return dict(arm=arm, seed=seed, rewards=rewards, greedy=greedy)
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+
+def ready():
+    """In each process: one thread, so that sums are rounded alike; Ctrl-C is for the first one."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def run_jobs(work, jobs, processes):
+    """work(job) of each job, in their order; the bar says how long is left."""
+    if processes < 1:
+        raise UserError(f"--processes {processes} is not positive")
+    with multiprocessing.get_context("spawn").Pool(processes, ready) as pool:
+        return list(tqdm(pool.imap(work, jobs), total=len(jobs), desc="jobs", mininterval=0))
+
+
+def measure(how, folder, processes):
+    """Every rule against the truth, at some checkpoints of a run."""
+    for step in how["steps"]:
+        open_run(folder, step)  # what is wrong with it shows now, and not in another process
+    batches = range(1, how["batches"] + 1)
+    jobs = [(folder, step, batch, how) for batch in batches for step in how["steps"]]
+    done = run_jobs(measure_batch, jobs, processes)
+    found = {}
+    for step in how["steps"]:
+        batches = [x for job, x in zip(jobs, done, strict=True) if job[1] == step and x]
+        if not batches:
+            raise UserError(f"no problem with right and wrong completions at step {step}")
+        found[str(step)] = by_side(batches)
+    return found
+
+
+def train(how, processes):
+    """Training with the truth as weights, beside uniform and ARCA."""
+    arms = ("true", "true_signed", "uniform", "arca")  # the long ones first
+    jobs = [(arm, seed, how) for arm in arms for seed in range(1, how["seeds"] + 1)]
+    return compare_arms(run_jobs(train_arm, jobs, processes))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("measure", "train", "draw"))
+    parser.add_argument("--preset", choices=PRESETS, default="full")
+    parser.add_argument("--run", default="", help="a run folder; default: one that is made here")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", default="", help="the results, a JSON file; figures go beside it")
+    a = parser.parse_args()
+    default = ROOT / ("experiments/results" if a.preset == "full" else f"runs/oracle-{a.preset}")
+    out, how = Path(a.out or default / "oracle.json"), PRESETS[a.preset]
+    results = files.read_json(out) if out.exists() or a.what == "draw" else {}
+    if a.what == "measure":
+        results["measured"] = measure(how, a.run or make_run(), a.processes)
+    if a.what == "train":
+        results["trained"] = train(how, a.processes)
+    if a.what != "draw":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        results |= {f"{a.what}_how": how}
+        files.write_whole(out, as_text(results).encode())
+    draw(results, out.parent)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,148 @@
+"""The true credit of tokens, by sampling: what experiments/oracle.py holds the rules against.
+
+**Truth.** V(prefix) is the chance that the policy, going on from there, is right. The completion of
+tokens y_1 ... y_T moves it by delta_t = V(y_1..t) - V(y_1..t-1): the advantage of having chosen
+y_t. At the end V is the reward, so the deltas of a completion sum to its reward minus V(prompt).
+
+**Estimate.** V is the success rate of fresh continuations, all sampled in one pool and each start
+read once. A continuation that follows the completion for a while is a fresh continuation of every
+prefix that it passes, and counts for them all. So it is enough to start from the prompt, and
+again after each token that few continuations would choose: where a token is next to certain, the
+same continuations stand on both sides of it, and it gets a delta next to 0 instead of noise. A
+prefix that got fewer than `least` = 64 visits is sampled by itself. What several completions share
+is estimated once. No count is biased: whether a continuation is counted for a prefix depends on how
+it got there, and its outcome on how it goes on.
+
+**Noise.** |delta| of pure noise is not 0. Continuations are dealt into two halves, which are
+independent, and give delta_a and delta_b. Their mean is delta. Half their difference, e, has the
+noise of delta and no truth. The product delta_a delta_b has the mean delta^2, without noise. When
+the truth itself is a rule (`true`: weights |delta|), one half makes the weights and the other half
+is what they are measured against.
+"""
+
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.problems import load_split
+from eval_math import verify
+from grpo import given_signals, go_over, group_advantages, to_be_found, wanted_signals
+from lora import add_lora, lora_parameters
+from plumbing import files
+from plumbing.batches import micro_batches
+from plumbing.cli import load_base
+from plumbing.files import UserError
+from sample import generate
+from train import Settings
+
+REACH = 0.5  # a prefix that a smaller share of continuations is expected to pass is a start
+
+# ---- The value of every prefix -------------------------------------------------------------------
+
+
+def grader(tokenizer, problems):
+    """(problem index, completion's ids) -> reward; what was graded before is looked up."""
+
+    @cache
+    def grade(p, ids):
+        end = len(ids) - (ids[-1] in tokenizer.eos_ids)
+        return float(verify(tokenizer.decode(ids[:end]), problems[p]["answer"]))
+
+    return grade
+
+
+def prefixes_of(r, row):
+    """The T + 1 prefixes of a completion, as (problem index, ids)."""
+    ids = tuple(r.completions.tokens[row, : r.completions.lengths[row]].tolist())
+    return [(int(row) // r.rewards.shape[1], ids[:t]) for t in range(len(ids) + 1)]
+
+
+def starts_of(prefixes, probs, reach):
+    """The prefixes to sample from; probs: of each token, under the policy. With reach 1: all."""
+    starts, passing = [prefixes[0]], 1.0
+    for prefix, p in zip(prefixes[1:-1], probs, strict=False):
+        passing *= p
+        if passing < reach or reach == 1:
+            starts.append(prefix)
+            passing = 1.0
+    return starts
+
+
+def follow(tally, starts, c, n, limit, grade):
+    """Count the n continuations of each start for every prefix in the tally that they pass."""
+    tokens, lengths = c.tokens.tolist(), c.lengths.tolist()
+    for row, (ids, length) in enumerate(zip(tokens, lengths, strict=True)):
+        p, before = starts[row // n]
+        # Continuations are as long as whole completions may be: what is beyond that is cut off.
+        whole = before + tuple(ids[: min(length, limit - len(before))])
+        reward = grade(p, whole)
+        for t in range(len(before), len(whole)):
+            if (p, whole[:t]) not in tally:
+                break
+            tally[p, whole[:t]][:, row % 2] += (reward, 1)
+
+
+def prefix_values(model, r, rows, s, eos_ids, grade, n, least=64, step=0, reach=REACH):
+    """V at the T + 1 prefixes of the given rows of a Rollout, and how many continuations it is the
+    success rate of: two (2, b, T + 1), by half; past a completion's end V is its reward.
+
+    n continuations (even, at least `least`) of each start. Their randomness is that of (s.seed, -2
+    - step), which no training step and no evaluation has.
+    """
+    chains = [prefixes_of(r, row) for row in rows]
+    tally = {prefix: np.zeros((2, 2)) for chain in chains for prefix in chain[:-1]}
+    probs = r.completions.logps.exp()[rows].tolist()
+    pairs = zip(chains, probs, strict=True)
+    starts = list(dict.fromkeys(x for chain, p in pairs for x in starts_of(chain, p, reach)))
+    while starts:
+        prompts = [r.problems[p]["prompt"] + list(ids) for p, ids in starts]
+        how = dict(temperature=s.temperature, top_p=s.top_p, eos_ids=eos_ids)
+        c = generate(model, prompts, n, s.max_new_tokens, seed=s.seed, step=-2 - step, **how)
+        follow(tally, starts, c, n, s.max_new_tokens, grade)
+        starts = [x for x, (_, visits) in tally.items() if visits.min() < least / 2]
+    T = max(map(len, chains))
+    V, visits = torch.zeros(2, len(rows), T), torch.zeros(2, len(rows), T)
+    V += r.rewards.flatten()[rows][:, None]  # the whole completion's, and the padding's
+    for i, chain in enumerate(chains):
+        won, seen = torch.tensor(np.array([tally[x] for x in chain[:-1]])).permute(1, 2, 0)
+        V[:, i, : len(chain) - 1], visits[:, i, : len(chain) - 1] = won / seen, seen
+    return V, visits
+
+
+# ---- A checkpoint of a run, and what the rules read ---------------------------------------------
+
+
+def open_run(folder, step=None):
+    """(model with the run's adapter as of this step, or of the last one, tokenizer, Settings,
+    problems to train on); UserError if there is no such checkpoint."""
+    path, found = Path(folder) / "config.json", {}
+    stored = files.read_json(path).get("settings")
+    if not isinstance(stored, dict) or stored.keys() != asdict(Settings()).keys():
+        raise UserError(f"{path} does not hold the settings of this train.py: train another run")
+    s = Settings(**stored)
+    for path in sorted(Path(folder).glob("trainer.safetensors*")):
+        tensors, about = files.read_tensors(path)
+        found[int(about.get("step", -1))] = tensors
+    step = max(found, default=0) if step is None else step
+    if step not in found:
+        raise UserError(f"{folder} keeps steps {sorted(found)}, not {step}: train with more --keep")
+    model, tokenizer = load_base(s)
+    add_lora(model, s.rank, s.alpha)
+    tensors = {n.removeprefix("adapter."): x for n, x in found[step].items() if "adapter." in n}
+    files.check_tensors(tensors, lora_parameters(model), folder)
+    for name, parameter in lora_parameters(model).items():
+        parameter.data.copy_(tensors[name])
+    return model, tokenizer, s, load_split(s, tokenizer)[0]
+
+
+def all_signals(model, r, s):
+    """The signals that any rule reads of all the completions of a Rollout, as `update` has them."""
+    known = given_signals(r, group_advantages(r.rewards, s.advantage).flatten())
+    wanted, everyone = wanted_signals(s, compare=True), torch.ones(len(known.mask)).bool()
+    found = to_be_found(known, wanted)
+    groups = micro_batches(r, everyone, s.micro_tokens)
+    go_over(model, r, groups, False, known, None, None, s, wanted, found)
+    return replace(known, **found)

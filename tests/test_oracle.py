@@ -1,0 +1,253 @@
+"""The oracle against exact values, on models small enough to enumerate every completion."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from helpers import EOS, settings, tiny_model
+
+from experiments import oracle_report
+from experiments.oracle import chosen_rows, score, share_on_top, true_weights
+from experiments.truth import follow, open_run, prefix_values, starts_of
+from grpo import Rollout, group_advantages
+from plumbing.files import UserError
+from sample import Completions, generate
+from train import Settings
+
+LIMIT = 5  # tokens a completion may have
+
+
+def grade(p, ids):
+    """A reward that depends on all the tokens, and not on the last alone."""
+    return float((sum(ids) + p) % 3 == 0)
+
+
+def exact_values(model, prompt, p, prefix=()):
+    """{prefix: its value} of this prefix and all that follow, by enumeration in every step."""
+    if prefix and (prefix[-1] == EOS or len(prefix) == LIMIT):
+        return {prefix: grade(p, prefix)}
+    logits = model.logits(model(torch.tensor([prompt + list(prefix)]))[0, -1])
+    probs, values, mean = logits.softmax(-1).tolist(), {}, 0.0
+    for token, prob in enumerate(probs):
+        values |= exact_values(model, prompt, p, (*prefix, token))
+        mean += prob * values[*prefix, token]
+    return values | {prefix: mean}
+
+
+@pytest.fixture(scope="module")
+def known():
+    """(model, a Rollout of two problems and four samples, the exact values of each problem)."""
+    model = tiny_model(vocab=4)
+    problems = [dict(prompt=[1, 2]), dict(prompt=[3])]
+    prompts = [p["prompt"] for p in problems]
+    c = generate(model, prompts, 4, LIMIT, eos_ids=[EOS], seed=3)
+    ids = [tuple(c.tokens[i, : c.lengths[i]].tolist()) for i in range(8)]
+    rewards = torch.tensor([grade(i // 4, x) for i, x in enumerate(ids)]).view(2, 4)
+    with torch.no_grad():
+        exact = [exact_values(model, prompt, p) for p, prompt in enumerate(prompts)]
+    return model, Rollout(problems, c, ["" for _ in ids], rewards), exact
+
+
+def deviations(known, reach, n=1000, seed=0):
+    """How many standard errors each estimate is off: those of a half, one list a half."""
+    model, r, exact = known
+    s, rows = settings(max_new_tokens=LIMIT, seed=seed), torch.arange(8)
+    V, visits = prefix_values(model, r, rows, s, [EOS], grade, n, 8, reach=reach)
+    found = [[], []]
+    for half in (0, 1):
+        for row in range(8):
+            ids = tuple(r.completions.tokens[row, : r.completions.lengths[row]].tolist())
+            for t in range(len(ids)):
+                v = exact[row // 4][ids[:t]]
+                error = V[half, row, t].item() - v
+                found[half].append(error / math.sqrt(v * (1 - v) / visits[half, row, t].item()))
+            assert V[half, row, len(ids) :].tolist() == [grade(row // 4, ids)] * (
+                V.shape[2] - len(ids)
+            )
+    return found
+
+
+@pytest.mark.parametrize("reach", [0.5, 1])
+def test_values_are_those_of_enumeration(known, reach):
+    """Continuations of the wrong prefix, cut at the wrong length, counted twice or for prefixes
+    they do not pass would give values that are off by more than their error allows."""
+    for errors in deviations(known, reach):
+        assert max(map(abs, errors)) < 4
+        assert 0.5 < np.square(errors).mean() ** 0.5 < 1.6  # nor are they better than they can be
+
+
+@pytest.fixture(scope="module")
+def many(known):
+    """The deviations of 20 seeds: (seed, half, prefix)."""
+    return np.array([deviations(known, 0.5, n=100, seed=seed) for seed in range(20)])
+
+
+def test_values_are_unbiased(many):
+    """An error that is small for one seed but has always one sign would bias every delta."""
+    assert np.abs(many.mean(axis=(0, 1)) * math.sqrt(40)).max() < 4
+
+
+def test_halves_are_independent(many):
+    """If the halves shared continuations, the product of their deltas would hold noise."""
+    assert abs((many[:, 0] * many[:, 1]).mean()) < 0.2  # their covariance, of variances of 1
+
+
+def test_deltas_sum_to_reward_minus_the_prompts_value(known):
+    """A reward that is estimated instead of looked up, or a lost step, breaks the sum; that the
+    completions of a problem disagree about V(prompt) means that it was estimated twice."""
+    model, r, _ = known
+    s = settings(max_new_tokens=LIMIT)
+    V, visits = prefix_values(model, r, torch.arange(8), s, [EOS], grade, 400, least=100)
+    assert V[:, :, 0].view(2, 2, 4).std(dim=2).max() == 0
+    delta, prompt = V.diff(dim=2), V[:, :, 0]
+    assert torch.allclose(delta.sum(2), r.rewards.flatten() - prompt, atol=1e-6)
+    lengths = r.completions.lengths.tolist()
+    for row, n in enumerate(lengths):
+        assert visits[:, row, :n].min() >= 50 and not visits[:, row, n:].any()
+        assert not delta[:, row, n:].any()  # nothing happens after the end
+
+
+def test_starts_follow_the_probabilities():
+    """Too few starts leave prefixes without continuations; a start after every token would cost
+    ten times as much."""
+    prefixes = [(0, tuple(range(t))) for t in range(6)]
+    probs = [0.9, 0.4, 0.8, 0.6, 0.1]  # the last token ends it: its prefix needs no estimate
+    assert starts_of(prefixes, probs, 0.5) == [prefixes[t] for t in (0, 2, 4)]
+    assert starts_of(prefixes, probs, 1) == prefixes[:5]
+
+
+def test_continuations_count_for_what_they_pass_and_no_more():
+    """Worked by hand: two continuations from the prompt beside a completion 5, 6, 7."""
+    tally = {(0, ids): np.zeros((2, 2)) for ids in [(), (5,), (5, 6)]}
+    tokens = torch.tensor([[5, 6, 9, 1], [8, 6, 9, 0]])
+    c = Completions(tokens, torch.tensor([4, 3]), torch.zeros(2, 4), torch.ones(2).bool())
+    grade = lambda p, ids: {(5, 6, 9): 1.0, (8, 6, 9): 0.0}[ids]  # noqa: E731 cut off at 3 tokens
+    follow(tally, [(0, ())], c, 2, 3, grade)
+    assert tally[0, ()].tolist() == [[1, 0], [1, 1]]  # won, visits; by half
+    assert tally[0, (5,)].tolist() == tally[0, (5, 6)].tolist() == [[1, 0], [1, 0]]
+
+
+# ---- The measures --------------------------------------------------------------------------------
+
+
+def test_measures_by_hand():
+    """A sign, a normalisation or a mask that is wrong would rank the rules wrongly."""
+    mask = torch.tensor([[1, 1, 1, 1, 0]]).bool()
+    delta = torch.tensor([[0.0, -0.6, 0.8, 0.0, 0.0]])
+    m = torch.tensor([[1.0, 0.0, 3.0, 0.0, 0.0]])
+    halves = torch.stack([delta + 0.1, delta - 0.1])  # they differ by the same everywhere
+    steep = torch.tensor([[0.5, 1.0, 0.5, 1.0, 0.0]])
+    for sign in (1.0, -1.0):
+        x = score(m, delta, torch.tensor([sign]), mask, steep, halves)
+        assert x["along"].item() == pytest.approx(sign * 2.4 / 10**0.5, abs=1e-6)
+        # (3 x 0.8 x 0.25) / sqrt(0.25 + 2.25)
+        assert x["along_logits"].item() == pytest.approx(sign * 0.6 / 2.5**0.5, abs=1e-6)
+        assert x["top"].item() == pytest.approx(0.75)
+        assert x["top_halves"].item() == pytest.approx(0.75)  # 0.9 x 0.7 is the largest product
+
+
+def test_noise_alone_scores_nothing_against_halves():
+    """Where nothing is decided, a rule that pays the tokens that are noisiest must get 0: against
+    |delta| it gets 1."""
+    rng = torch.Generator().manual_seed(0)
+    spread = torch.arange(1, 31).expand(2000, 30) / 30.0
+    halves = torch.randn(2, 2000, 30, generator=rng) * spread
+    mask, sign = torch.ones(2000, 30).bool(), torch.ones(2000)
+    x = score(spread, halves.mean(0), sign, mask, spread, halves)
+    x = {key: value.mean().item() for key, value in x.items()}
+    assert x["corr"] > 0.4 and abs(x["corr_noise"] - x["corr"]) < 0.02
+    assert abs(x["corr_halves"]) < 0.02 and abs(x["along"]) < 0.02
+
+
+def test_ties_for_the_last_place_count_in_part():
+    """Where few tokens have a delta, those that tie at 0 must not be chosen by their position."""
+    mask = torch.ones(1, 20).bool()  # a tenth is two tokens
+    x = torch.zeros(1, 20)
+    x[0, 19] = 0.5
+    m = torch.arange(20.0)[None]
+    rest = m[0, :19].mean()  # one more place, for any of the others
+    assert share_on_top(m, x, mask).item() == pytest.approx(float((19 + rest) / m.sum()))
+
+
+def test_agreement_with_oneself_is_one():
+    """The truth as its own weights, without noise and with one sign, has cosine 1, and a completion
+    in which it is all the other way round -1."""
+    along = np.array([2.0, 2.0])  # sum u delta, with u = delta / |delta| and |delta| = 2
+    size, one = np.array([4.0, 4.0]), np.ones(2)
+    estimate = oracle_report.bootstrap([along, one, size], [0, 1], oracle_report.cosine)
+    assert estimate == [1.0, 1.0, 1.0]
+
+
+def test_bootstrap_resamples_problems():
+    """Resampling completions instead of problems makes intervals too narrow: copies of the same
+    completion say nothing new."""
+    rng = np.random.default_rng(1)
+    x, groups = rng.normal(size=40), np.arange(40)
+    one = np.ones(40)
+    _, low, high = oracle_report.bootstrap([x, one], groups, oracle_report.mean_of)
+    assert high - low == pytest.approx(2 * 1.96 * x.std() / 40**0.5, rel=0.1)
+    twice = [np.repeat(x, 5), np.repeat(one, 5)]
+    again = oracle_report.bootstrap(twice, np.repeat(groups, 5), oracle_report.mean_of)
+    assert again[1:] == [low, high]
+
+
+def test_students_interval():
+    """Against a worked example: 1, 2, 3, 4 has mean 2.5, s = 1.29099, t = 3.182."""
+    assert oracle_report.student([1, 2, 3, 4]) == [2.5, 0.446, 4.554]
+
+
+def test_one_right_and_one_wrong_of_each_mixed_problem():
+    """Groups without spread teach nothing, and must not be measured."""
+    rewards = torch.tensor([[1.0, 1, 1], [0, 1, 1], [0, 0, 0], [1, 0, 0]])
+    assert chosen_rows(rewards, 1).tolist() == [4, 3, 9, 10]
+
+
+# ---- Training with the truth ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_true_weights(known, signed):
+    """The multipliers must be in proportion to |delta|, have mean one, and with `signed` give A m
+    the sign of delta; completions without an advantage are not sampled for."""
+    model, r, exact = known
+    s, advantages = settings(max_new_tokens=LIMIT), group_advantages(r.rewards).flatten()
+    m = true_weights(model, r, advantages, s, [EOS], grade, 2000, 0, signed)
+    for row in range(8):
+        n = int(r.completions.lengths[row])
+        ids = tuple(r.completions.tokens[row, :n].tolist())
+        values = [exact[row // 4][ids[:t]] for t in range(n + 1)]
+        delta = torch.tensor(values).diff()
+        expected = n * delta.abs() / delta.abs().sum()
+        if signed:
+            expected = expected * delta.sign() * advantages[row].sign()
+        if advantages[row] == 0:
+            expected = torch.ones(n)
+        assert torch.allclose(m[row, :n], expected, atol=0.35)
+        assert not m[row, n:].any()
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+
+def test_errors_are_one_line(tmp_path):
+    """A traceback tells a user nothing that he can act on."""
+    command = [
+        sys.executable,
+        "experiments/oracle.py",
+        "draw",
+        "--out",
+        str(tmp_path / "none.json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.json" in done.stderr
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="settings"):
+        open_run(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(dict(settings=asdict(Settings()))))
+    with pytest.raises(UserError, match="keeps steps \\[\\], not 10"):
+        open_run(tmp_path, 10)
