@@ -104,6 +104,7 @@ def test_deltas_sum_to_reward_minus_the_prompts_value(known):
     s = settings(max_new_tokens=LIMIT)
     V, visits = prefix_values(model, r, torch.arange(8), s, [EOS], grade, 400, least=100)
     assert V[:, :, 0].view(2, 2, 4).std(dim=2).max() == 0
+    assert (visits[:, :, 0] == 200).all()  # by its own 400 continuations, and nothing else
     delta, prompt = V.diff(dim=2), V[:, :, 0]
     assert torch.allclose(delta.sum(2), r.rewards.flatten() - prompt, atol=1e-6)
     lengths = r.completions.lengths.tolist()
