@@ -103,6 +103,7 @@ def main():
     s = settings(samples=args.samples, max_new_tokens=args.max_new_tokens)
     s.micro_tokens, given = args.micro_tokens, None
     if args.updates_only:  # with all that any rule reads of the sampler
+        s.credit = "eapo"  # it sees the whole step, for which the sampler keeps more
         given = grpo.rollout(model, tokenizer, problems, s, 1, compare=True)
     one_round(model, tokenizer, problems, s, given)  # kernels are chosen anew for each shape
     rounds = [one_round(model, tokenizer, problems, s, given) for _ in range(args.rounds)]

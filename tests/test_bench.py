@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import credit
 import grpo
-from bench import common, ours, peers, speed
+from bench import common, credit_cost, ours, peers, speed
 from lora import adapter_off, lora_parameters
 from sample import generate
 
@@ -57,6 +58,17 @@ def test_the_table_says_what_was_measured(monkeypatch, capsys):
                 claims += 1
                 assert float(rows[f"{us} / {peer}"][column]) == pytest.approx(ratio, rel=0.02)
     assert claims >= 2
+
+
+def test_cost_of_every_rule_on_one_rollout(monkeypatch, capsys):
+    """A rollout that lacks what some rule reads of the sampler ends the bench halfway."""
+    flags = ["--updates-only", "--prompts", "2", "--samples", "2", "--rounds", "1"]
+    flags += ["--max-new-tokens", "4"]
+    monkeypatch.setattr(sys, "argv", ["bench/credit_cost.py", *flags])
+    credit_cost.main()
+    rows = table(capsys.readouterr().out)
+    assert {*credit.METHODS, "arca, the authors' way"} <= rows.keys()
+    assert rows["uniform"][1] == "1.00" and float(rows["arca"][1]) > 0
 
 
 def test_turns_and_the_round_that_does_not_count(monkeypatch):
