@@ -19,6 +19,7 @@ import credit
 import grpo
 from data.problems import add_prompts, load_problems
 from experiments.stats import crossed
+from plumbing.batches import micro_batches
 from plumbing.cli import add_flags, load_base
 from plumbing.files import UserError, run_cli, write_json
 
@@ -34,17 +35,22 @@ PUBLISHED = {  # its tables, by (rule, rank): greedy, pass@4, mean reward, Gini,
 }
 
 
+def read_signals(model, r, advantages, wanted, s) -> credit.Signals:
+    """The wanted signals of all the completions of a Rollout, as `update` has them, learning
+    nothing."""
+    known, rows = grpo.given_signals(r, advantages), torch.ones(len(advantages), dtype=torch.bool)
+    found, groups = grpo.to_be_found(known, wanted), micro_batches(r, rows, s.micro_tokens)
+    grpo.go_over(model, r, groups, False, known, None, None, s, wanted, found)
+    return replace(known, **found)
+
+
 def known_signals(model, tokenizer, problems, s) -> credit.Signals:
     """The signals of the paper's rules on one completion of each problem, sampled now."""
     settings = dict(credit="arca", samples=1, top_p=1.0, kl=0.0, micro_tokens=2048)
     vars(s).update(settings, arca_layer="final")  # what the Settings of train.py would say besides
     r = grpo.rollout(model, tokenizer, problems, s, 0)
-    known = grpo.given_signals(r, torch.zeros(len(problems)))
     wanted = {name for rule in RULES for name in credit.needs(rule)}
-    found, rows = grpo.to_be_found(known, wanted), torch.ones(len(problems), dtype=torch.bool)
-    groups = grpo.micro_batches(r, rows, s.micro_tokens)
-    grpo.go_over(model, r, groups, False, known, None, None, s, wanted, found)
-    return replace(known, **found)
+    return read_signals(model, r, torch.zeros(len(problems)), wanted, s)
 
 
 def concentration(known: credit.Signals, powers) -> dict:

@@ -20,7 +20,7 @@ the truth itself is a rule (`true`: weights |delta|), one half makes the weights
 is what they are measured against.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -29,10 +29,11 @@ import torch
 
 from data.problems import load_split
 from eval_math import verify
-from grpo import given_signals, go_over, group_advantages, to_be_found, wanted_signals
+from experiments.concentration import read_signals
+from grpo import group_advantages, wanted_signals
 from lora import add_lora, lora_parameters
 from plumbing import files
-from plumbing.batches import micro_batches
+from plumbing.checkpoints import kept_adapters
 from plumbing.cli import load_base
 from plumbing.files import UserError
 from sample import generate
@@ -118,31 +119,23 @@ def prefix_values(model, r, rows, s, eos_ids, grade, n, least=64, step=0, reach=
 def open_run(folder, step=None):
     """(model with the run's adapter as of this step, or of the last one, tokenizer, Settings,
     problems to train on); UserError if there is no such checkpoint."""
-    path, found = Path(folder) / "config.json", {}
+    path, found = Path(folder) / "config.json", kept_adapters(folder)
     stored = files.read_json(path).get("settings")
     if not isinstance(stored, dict) or stored.keys() != asdict(Settings()).keys():
         raise UserError(f"{path} does not hold the settings of this train.py: train another run")
     s = Settings(**stored)
-    for path in sorted(Path(folder).glob("trainer.safetensors*")):
-        tensors, about = files.read_tensors(path)
-        found[int(about.get("step", -1))] = tensors
     step = max(found, default=0) if step is None else step
     if step not in found:
         raise UserError(f"{folder} keeps steps {sorted(found)}, not {step}: train with more --keep")
     model, tokenizer = load_base(s)
     add_lora(model, s.rank, s.alpha)
-    tensors = {n.removeprefix("adapter."): x for n, x in found[step].items() if "adapter." in n}
-    files.check_tensors(tensors, lora_parameters(model), folder)
+    files.check_tensors(found[step], lora_parameters(model), folder)
     for name, parameter in lora_parameters(model).items():
-        parameter.data.copy_(tensors[name])
+        parameter.data.copy_(found[step][name])
     return model, tokenizer, s, load_split(s, tokenizer)[0]
 
 
 def all_signals(model, r, s):
     """The signals that any rule reads of all the completions of a Rollout, as `update` has them."""
-    known = given_signals(r, group_advantages(r.rewards, s.advantage).flatten())
-    wanted, everyone = wanted_signals(s, compare=True), torch.ones(len(known.mask)).bool()
-    found = to_be_found(known, wanted)
-    groups = micro_batches(r, everyone, s.micro_tokens)
-    go_over(model, r, groups, False, known, None, None, s, wanted, found)
-    return replace(known, **found)
+    advantages = group_advantages(r.rewards, s.advantage).flatten()
+    return read_signals(model, r, advantages, wanted_signals(s, compare=True), s)

@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.problems import add_prompts, load_problems
 from eval_math import verify
 from lora import lora_parameters
+from plumbing.checkpoints import kept_adapters
 from plumbing.cli import load_base
 from plumbing.credit_draw import LIGHT, TOP, draw_band, is_right, telling_pair
 from plumbing.credit_view import make_groups, read_samples
-from plumbing.files import UserError, read_json, read_tensors, run_cli
+from plumbing.files import UserError, read_json, run_cli
 from sample import generate
 from train import Settings
 
@@ -40,15 +41,10 @@ FEW = 20  # completions of a way, below which no rate is drawn
 
 def checkpoints(run):
     """(step, the adapter's tensors by name) of every checkpoint that a run has kept, in order."""
-    found = []
-    for path in Path(run).glob("trainer.safetensors*"):
-        if path.suffix != ".part":
-            tensors, about = read_tensors(path)
-            own = {name.removeprefix("adapter."): x for name, x in tensors.items()}
-            found.append((int(about["step"]), own))
+    found = kept_adapters(run)
     if len(found) < 2:
         raise UserError(f"{run} has kept no checkpoints: train with --save-every 5 --keep 17")
-    return sorted(found, key=lambda pair: pair[0])
+    return sorted(found.items())
 
 
 def ask(model, tokenizer, problems, s, samples):

@@ -108,9 +108,10 @@ def micro_batches(r, chosen, budget):
 
 def padding(r, groups):
     """The share of padding in the rows that attention reads in passes over these groups of rows."""
-    read = real = 0
+    G, read, real = r.rewards.shape[1], 0, 0
     for rows in groups:
-        packed = make_batch(r, rows, "cpu").packed
-        read += sum(rows * T for rows, T in packed.shapes)
-        real += packed.positions.numel()
+        starts = [len(r.problems[i]["prompt"]) for i in {row // G for row in rows.tolist()}]
+        for n in (starts, (r.completions.lengths[rows] - 1).tolist()):
+            read += len(n) * max(1, *n)
+            real += sum(n)
     return 1 - real / max(1, read)

@@ -115,12 +115,27 @@ def save(folder, model, optimizer, step, s):
     save_adapter(model, folder / "adapter", s.model)
 
 
+def kept(folder) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    found = [p for p in folder.glob("trainer.safetensors*") if p.suffix != ".part"]
+    return sorted(found, key=lambda p: (len(p.name), p.name))
+
+
+def kept_adapters(folder) -> dict:
+    """{step: the adapter's tensors by name} of all the checkpoints of a run, the newest first."""
+    found = {}
+    for path in kept(Path(folder)):
+        tensors, about = files.read_tensors(path)
+        own = {n.removeprefix("adapter."): x for n, x in tensors.items() if "adapter." in n}
+        found[int(about.get("step", -1))] = own
+    return found
+
+
 def newest_checkpoint(folder):
     """Tensors and step of the newest whole checkpoint; none, and 0, in a run that was killed before
     it wrote one. UserError if all are damaged."""
-    found = [p for p in folder.glob("trainer.safetensors*") if p.suffix != ".part"]
-    damage = ""
-    for path in sorted(found, key=lambda p: (len(p.name), p.name)):
+    found, damage = kept(folder), ""
+    for path in found:
         try:
             tensors, about = files.read_tensors(path)
             if about.get("sha256") != digest(tensors, about.get("step")):
