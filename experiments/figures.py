@@ -148,8 +148,8 @@ def classes(fig, about, rows):
                     ax.text(left + share / 2, i, f"{100 * share:.0f}", **how)
                 left += share
         ax.set_yticks(range(len(bars)), [name for name, *_ in bars])
-        ax.set(xlim=(0, 1), xlabel="share, % in the bars", title=f"sharpening {power:g}")
-        ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
+        ax.set(xlim=(0, 1), xlabel="share, %", title=f"sharpening {power:g}")
+        ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}")
     axes[0].invert_yaxis()
     bars = axes[0].containers[: len(CLASSES)]
     fig.legend(bars, CLASSES, loc="outside lower center", ncols=7, frameon=False)

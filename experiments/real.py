@@ -5,7 +5,7 @@
 
 Every rule is measured on the completions of each of these adapters, at sharpening 1 and 2, beside
 the paper's numbers. What is trained or measured is not done again, and a run that was cut short
-goes on. With --adapter nothing is trained.
+goes on; all that was measured is in real.json. With --adapter nothing is trained.
 """
 
 import argparse
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments.concentration import RULES, show
 from experiments.plan import ROOT, code_key
 from plumbing.cli import add_flags
-from plumbing.files import UserError, read_json, run_cli
+from plumbing.files import UserError, read_json, run_cli, write_json
 
 # Few steps must move the adapter out of the rounding of bf16: hence the rate, and no warmup.
 TRAINING = "--warmup 1 --lr 2e-4 --eval-problems 1 --eval-samples 0 --save-every 1 --sharpening 2"
@@ -68,6 +68,7 @@ def main():
     s = parse_flags()
     if s.adapter:
         return measure(s, s.adapter)
+    found = {}
     for rule in s.rules:
         print(f"\n== {rule} ==", flush=True)
         adapter = train(s, rule)
@@ -76,6 +77,9 @@ def main():
             show(read_json(path)["rules"], read_json(path))
         else:
             measure(s, adapter, "--out", path)
+        found[rule] = read_json(path)
+    how = {name: getattr(s, name) for name in ("steps", "prompts", "samples", "rank")}
+    write_json(Path(s.out) / "real.json", dict(how=how, after=found))
 
 
 if __name__ == "__main__":
