@@ -122,15 +122,14 @@ def print_measured(measured, p):
                 "top tenth",
                 "with halves",
                 "agreement",
+                "agreement in logits",
+                "Gini",
             )
-            print(
-                f"{f'sharpening {p}':18}"
-                + "".join(f"{x:>24}" for x in (*heads, "agreement in logits"))
-            )
+            print(f"{f'sharpening {p}':18}" + "".join(f"{x:>24}" for x in heads))
             for name, x in found["rules"].items():
                 if name.endswith(f"/{p}"):
                     keys = ("corr", "corr_noise", "corr_halves", "top", "top_halves", "agreement")
-                    keys += ("agreement_logits",)
+                    keys += ("agreement_logits", "gini")
                     cells = [cell(x[key]) if key in x else "" for key in keys]
                     print(f"{name[:-2]:18}" + "".join(f"{text:>24}" for text in cells))
 

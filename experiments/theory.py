@@ -149,10 +149,10 @@ def print_table(found):
     columns |= {f"from_limit/{name}": f"{name} moved" for name in ("divergence", "arca")}
     columns |= {"to_uniform/0.0001": "div. to unif., eps 1e-4", "gini/arca": "Gini of ARCA"}
     print(f"{found['completions']} completions of {found['problems']} problems; L1 distances")
-    print(f"{'scale':6}" + "".join(f"{title:>25}" for title in columns.values()))
+    print(f"{'scale':6}" + "".join(f"{title:>30}" for title in columns.values()))
     for c, row in found["scales"].items():
         cells = ("{:.3g} [{:.3g}, {:.3g}]".format(*row[key]) for key in columns)
-        print(f"{c:6}" + "".join(f"{text:>25}" for text in cells))
+        print(f"{c:6}" + "".join(f"{text:>30}" for text in cells))
 
 
 def band(ax, x, rows, colour, style, label):
