@@ -153,6 +153,10 @@ def print_table(found):
     for c, row in found["scales"].items():
         cells = ("{:.3g} [{:.3g}, {:.3g}]".format(*row[key]) for key in columns)
         print(f"{c:6}" + "".join(f"{text:>30}" for text in cells))
+    print("\ndivergence by floor, in mean scores of the completion: to uniform, to unfloored")
+    for floor in FLOORS:
+        rows = [found["floors"][f"{key}/{floor:g}"] for key in ("to_uniform", "to_unfloored")]
+        print(f"{floor:<6g}" + "".join(f"{'{:.3g} [{:.3g}, {:.3g}]'.format(*x):>30}" for x in rows))
 
 
 def band(ax, x, rows, colour, style, label):
