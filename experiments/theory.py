@@ -144,6 +144,10 @@ def measure(folder, prompts):
 # ---- Table and figure ----------------------------------------------------------------------------
 
 
+def cell(x):
+    return "{:.3g} [{:.3g}, {:.3g}]".format(*x)
+
+
 def print_table(found):
     columns = dict(beta="beta", moved="surprisal moved", stated="bound, stated", proved="proved")
     columns |= {f"from_limit/{name}": f"{name} moved" for name in ("divergence", "arca")}
@@ -151,12 +155,11 @@ def print_table(found):
     print(f"{found['completions']} completions of {found['problems']} problems; L1 distances")
     print(f"{'scale':6}" + "".join(f"{title:>30}" for title in columns.values()))
     for c, row in found["scales"].items():
-        cells = ("{:.3g} [{:.3g}, {:.3g}]".format(*row[key]) for key in columns)
-        print(f"{c:6}" + "".join(f"{text:>30}" for text in cells))
+        print(f"{c:6}" + "".join(f"{cell(row[key]):>30}" for key in columns))
     print("\ndivergence by floor, in mean scores of the completion: to uniform, to unfloored")
     for floor in FLOORS:
         rows = [found["floors"][f"{key}/{floor:g}"] for key in ("to_uniform", "to_unfloored")]
-        print(f"{floor:<6g}" + "".join(f"{'{:.3g} [{:.3g}, {:.3g}]'.format(*x):>30}" for x in rows))
+        print(f"{floor:<6g}" + "".join(f"{cell(x):>30}" for x in rows))
 
 
 def band(ax, x, rows, colour, style, label):
