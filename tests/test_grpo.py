@@ -22,8 +22,9 @@ from helpers import (
 
 import credit
 import grpo
-from lora import lora_parameters
-from model import UserError
+from data.problems import TINY
+from lora import add_lora, lora_parameters
+from model import UserError, load_model
 from plumbing.batches import padding
 
 PROMPTS = [[3, 5], [7, 2, 9, 4]]  # two groups, of unequal prompts
@@ -191,6 +192,29 @@ def test_micro_batches_change_nothing(method, aggregate, kl):
         part[1]["padding"] = whole[1]["padding"]  # which does depend on the batches
         assert part[1] == pytest.approx(whole[1], rel=1e-5, abs=1e-6)
         assert torch.allclose(part[2], whole[2], atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(credit="gcpo", kl=0.1, arca_layer="sum")])
+def test_the_same_update_gives_the_same_bytes(options):
+    """Sums whose order depends on which thread comes first: a run that is resumed, or repeated with
+    its seed, would drift away from the first. (Four threads do so on any processor.)"""
+    rng = torch.Generator().manual_seed(0)
+    draw = lambda low, high, n: torch.randint(low, high, (n,), generator=rng).tolist()  # noqa: E731
+    model, threads = add_lora(load_model(TINY), 16, 32.0), torch.get_num_threads()
+    V = model.config.vocab_size
+    prompts = [draw(0, V, n) for n in draw(12, 20, 8)]
+    r = handmade(prompts, [draw(0, V, n) for n in draw(20, 60, 64)], draw(0, 2, 64))
+    scale_B(model, 0.01)
+    s = settings(**dict(credit="arca", micro_tokens=2048) | options)
+    torch.set_num_threads(4)
+    try:
+        first, *again = [gradient(model, r, advantages_of(r), s) for _ in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    assert first[0].norm() > 0
+    for other in again:
+        assert torch.equal(other[0], first[0]) and torch.equal(other[2], first[2])
+        assert other[1] == first[1]
 
 
 def test_micro_batches_hold_each_chosen_row_once():
