@@ -202,10 +202,10 @@ def test_the_same_update_gives_the_same_bytes(options):
     draw = lambda low, high, n: torch.randint(low, high, (n,), generator=rng).tolist()  # noqa: E731
     model, threads = add_lora(load_model(TINY), 16, 32.0), torch.get_num_threads()
     V = model.config.vocab_size
-    prompts = [draw(0, V, n) for n in draw(12, 20, 8)]
-    r = handmade(prompts, [draw(0, V, n) for n in draw(20, 60, 64)], draw(0, 2, 64))
+    prompts = [draw(0, V, n) for n in draw(12, 20, 16)]
+    r = handmade(prompts, [draw(0, V, n) for n in draw(8, 16, 128)], draw(0, 2, 128))
     scale_B(model, 0.01)
-    s = settings(**dict(credit="arca", micro_tokens=2048) | options)
+    s = settings(**dict(credit="arca") | options)
     torch.set_num_threads(4)
     try:
         first, *again = [gradient(model, r, advantages_of(r), s) for _ in range(3)]
