@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from plumbing.files import UserError, run_cli
+from system.errors import UserError
 
 
 @dataclass
@@ -282,13 +282,3 @@ def effective_token_ratio(m, mask):
     w = (m * mask).double()
     total = (mask.double().sum(dim=1) * (w**2).sum(dim=1)).clamp(min=torch.finfo(w.dtype).tiny)
     return (w.sum(dim=1) ** 2 / total).float()
-
-
-def main():
-    from plumbing.credit_view import main  # it samples, so it stands above grpo.py
-
-    main()
-
-
-if __name__ == "__main__":
-    run_cli(main)

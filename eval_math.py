@@ -9,46 +9,24 @@ run code, hang or raise.
 
 import argparse
 import math
-import re
 from pathlib import Path
 
-from data.problems import last_boxed, load_problems, prompt_text
-from plumbing.answers import NORMAL, compare, read_answers, write_answers
-from plumbing.cli import add_flags, load_base
-from plumbing.files import UserError, printable, run_cli
-from sample import generate
-from verifier.compare import same_answer
-
-GROUPS = ("level", "subject", "type", "kind")  # of problems
-END_OF_TURN = re.compile(r"<\|(?:im_end|endoftext|eot_id|end_of_text|end)\|>|</s>|<end_of_turn>")
-STATED = re.compile(
-    r"####|\banswers?\b(?=[^\w\n]*(?:is\b|are\b|[:=$\n]|\\[\[(]))[\s:*=]*(?:is\b|are\b)?",
-    re.IGNORECASE,
+from data.problems import load_problems, prompt_text
+from run.answers import (
+    GROUPS,
+    compare,
+    print_groups,
+    rates,
+    read_answers,
+    wilson,
+    with_interval,
+    write_answers,
 )
-FORMULA = re.compile(r"\$\$?([^$]+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
-
-# ---- Finding the answer --------------------------------------------------------------------------
-
-
-def extract_answer(text: str, strict=True) -> str | None:
-    """The answer that a completion gives, as written, or None.
-
-    It is what the last \\boxed{} or \\fbox{} after </think> and before the end of the turn holds;
-    an unclosed box is no answer. Where there is no box at all, strict=False also takes a stated
-    answer (`#### 5`, "the answer is 5."), or else the last displayed formula.
-    """
-    text = END_OF_TURN.split(text, maxsplit=1)[0].rsplit("</think>", 1)[-1]
-    if strict or "\\boxed" in text or "\\fbox" in text:
-        return last_boxed(text) or None
-    *before, said = STATED.split(text[-1500:])
-    if before:
-        said = re.split(r"\.(?:\s|$)|\n|\bI hope\b", said.strip(" *:\n"), maxsplit=1)[0].strip(" *")
-        said = re.split(r"\b(?:is|are)\b", said)[-1].strip()  # "Final answer: the volume is 120"
-    formulas = ["".join(parts).strip() for parts in FORMULA.findall(said)]
-    if formulas or not before:
-        return formulas[-1] if formulas else None
-    numbers = re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", said)  # "Jane started 3 hours ago"
-    return (numbers[0] if len(numbers) == 1 and len(said.split()) > 2 else said) or None
+from run.flags import add_flags, load_base
+from sample import generate
+from system.errors import UserError, run_cli
+from verifier.compare import same_answer
+from verifier.extract import extract_answer
 
 
 def verify(completion: str, gold: str, strict=True) -> bool:
@@ -76,13 +54,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"no pass@{k} from {c} right of {n}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def wilson(mean: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a mean over n problems of values in [0, 1] (exact for 0 and 1)."""
-    a = NORMAL**2 / n  # the squared normal quantile, per problem
-    center, spread = mean + a / 2, math.sqrt(a * (mean * (1 - mean) + a / 4))
-    return (center - spread) / (1 + a), (center + spread) / (1 + a)
 
 
 def graded(rows: list[dict], strict=True) -> list[dict]:
@@ -124,27 +95,6 @@ def evaluate(
     intervals = {f"{key}_95": [round(x, 4) for x in wilson(result[key], n)] for key in result}
     boxed = sum(not row["truncated"] and row["extracted"] is not None for row in answers[:n]) / n
     return result | intervals | dict(boxed=boxed, n=n), answers
-
-
-def rates(result) -> list[str]:
-    """The keys of a result that are rates with an interval."""
-    return [key for key in result if f"{key}_95" in result]
-
-
-def with_interval(result, key) -> str:
-    """Such as `52.4 % [48.2, 56.6]`."""
-    low, high = result[f"{key}_95"]
-    return f"{100 * result[key]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def print_groups(rows):
-    """How many rows are right, of all and by level, subject, ..., with Wilson's interval."""
-    for name in (None, *GROUPS):
-        for value in sorted({str(row[name]) for row in rows if name in row}) if name else [""]:
-            hits = [row["verdict"] for row in rows if not name or str(row.get(name)) == value]
-            rate = dict(x=sum(hits) / len(hits), x_95=wilson(sum(hits) / len(hits), len(hits)))
-            label = f"  {name} {printable(value):24}" if name else "right"
-            print(f"{label} {sum(hits)} of {len(hits)}: {with_interval(rate, 'x')}")
 
 
 def main():

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 import credit
 from eval_math import verify
+from fast.packing import Batch, make_batch, micro_batches, padding
 from lora import adapter_off, lora_parameters
-from plumbing import ranks
-from plumbing.batches import Batch, make_batch, micro_batches, padding
-from plumbing.diagnostics import diagnose, measure, step_classes
-from plumbing.files import UserError, out_of_memory
+from run.metrics import diagnose, measure, step_classes
 from sample import Completions, entropy, generate, uniforms
+from system import processes
+from system.errors import UserError, out_of_memory
 
 LOGITS = 2**25  # logits in memory at a time: 128 MiB in fp32
 
@@ -307,9 +307,9 @@ def update(model, optimizer, r: Rollout, advantages, s, compare=False):
         m = credit.token_weights(s.credit, known, s.sharpening)
     found = to_be_found(known, wanted)
     metrics, learns = dict(loss=0.0, grad_norm=0.0, skipped=0), (advantages != 0) | (s.kl > 0)
-    s.micro_tokens = ranks.least(s.micro_tokens)  # another process may have run out of memory
+    s.micro_tokens = processes.least(s.micro_tokens)  # another process may have run out of memory
     groups = [micro_batches(r, chosen, s.micro_tokens) for chosen in (learns, ~learns)]
-    learning, only_measured = (group[ranks.rank() :: ranks.world()] for group in groups)
+    learning, only_measured = (group[processes.rank() :: processes.world()] for group in groups)
     rest = (known, m, per_row, s, wanted)
     go_over(model, r, only_measured, False, *rest, found)
     for turn in range(s.updates if learns.any() else 0):
@@ -317,8 +317,8 @@ def update(model, optimizer, r: Rollout, advantages, s, compare=False):
         loss = torch.tensor([go_over(model, r, learning, True, *rest, {} if turn else found)])
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # no rows for this process
-        ranks.add_up([p.grad for p in parameters])
-        ranks.add_up([loss])
+        processes.add_up([p.grad for p in parameters])
+        processes.add_up([loss])
         metrics["loss"] = metrics["loss"] if turn else loss.item()
         metrics["grad_norm"] = clip_gradients(parameters, s.grad_clip)
         if math.isfinite(metrics["grad_norm"]) and math.isfinite(metrics["loss"]):
@@ -326,7 +326,7 @@ def update(model, optimizer, r: Rollout, advantages, s, compare=False):
         else:
             metrics["skipped"] = 1
         optimizer.zero_grad(set_to_none=True)
-    ranks.add_up(list(found.values()))
+    processes.add_up(list(found.values()))
     known = replace(known, **found)
     if m is None:
         m = credit.token_weights(s.credit, known, s.sharpening)

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data.problems import load_problems, prompt_text
+from fast.decoder import Decoder
 from model import KVCache
-from plumbing import ranks
-from plumbing.cli import add_flags, load_base
-from plumbing.decoder import Decoder
-from plumbing.files import UserError, printable, run_cli
+from run.flags import add_flags, load_base
+from system import processes
+from system.errors import UserError, printable, run_cli
 
 CACHE = 2**31  # numbers: 4 GiB in bf16
 BLOCK = 4  # tokens between two looks at which rows have ended; on a GPU each look is a wait
@@ -192,7 +192,7 @@ def generate(
     names = ("tokens", "logps", *sorted(keep))  # a set's order differs from process to process
     out = {name: torch.zeros(B, T + BLOCK, *sizes[name], device=device) for name in names}
     out["tokens"] = out["tokens"].long()
-    mine = range(ranks.rank(), len(prompts), ranks.world())  # the prompts of this process
+    mine = range(processes.rank(), len(prompts), processes.world())  # the prompts of this process
     if mine:
         u = np.stack([uniforms(seed, step, prompts[p], i, T) for p in mine for i in range(n)])
         place = torch.tensor([p * n + i for p in mine for i in range(n)], device=device)
@@ -202,7 +202,7 @@ def generate(
             for name, values in drawn.items():
                 out[name][place[rows][:, None], columns] = values
     for value in out.values():
-        ranks.add_up([value])
+        processes.add_up([value])
     ended = torch.isin(out["tokens"][:, :T].cpu(), torch.tensor(list(eos_ids)))
     finished = ended.any(dim=1)
     lengths = torch.where(finished, ended.int().argmax(dim=1) + 1, T)

@@ -14,6 +14,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from eval_math import evaluate
+from run.answers import rates, with_interval
+from run.folder import keep_samples, new_run, open_board, record
+from run.screen import on_screen, show, summary, warn
+from system import processes
+
 if __name__ == "__main__":  # until run_cli takes over: no traceback of an import that Ctrl-C hit
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -24,11 +30,11 @@ import credit
 from data.problems import load_split, problems_of_step
 from grpo import group_advantages, rollout, update
 from lora import add_lora, lora_parameters
-from plumbing import ranks, run
-from plumbing.checkpoints import begin, save, whole_step
-from plumbing.cli import FLAGS, load_base
-from plumbing.files import read_rows, run_cli
-from plumbing.settings import parse_settings
+from run.checkpoints import begin, save, whole_step
+from run.flags import FLAGS, load_base
+from run.settings import parse_settings
+from system.errors import run_cli
+from system.files import read_rows
 
 
 def setting(default, help):
@@ -100,36 +106,52 @@ def lr_at(step, s: Settings):
     return s.lr * 0.5 * (1 + math.cos(math.pi * (step - s.warmup) / (s.steps - s.warmup + 1)))
 
 
+def is_evaluated(step, s):
+    """Whether a run is evaluated here: before it, after it, and every s.eval_every steps."""
+    return step in (0, s.steps) or (s.eval_every > 0 and step % s.eval_every == 0)
+
+
+def evaluate_step(model, tokenizer, held_out, s, step, folder, board):
+    """Evaluate; write a line of evals.jsonl, say it, and return it."""
+    prompts, golds = [p["prompt"] for p in held_out], [p["answer"] for p in held_out]
+    sampling = (s.eval_samples, s.max_new_tokens, s.temperature, s.top_p, s.seed)
+    result, _ = evaluate(model, tokenizer, prompts, golds, *sampling)
+    record(folder / "evals.jsonl", dict(step=step) | result, board)
+    said = [f"{key} {with_interval(result, key)}" for key in rates(result)]
+    tqdm.write(f"step {step:4d}  held-out {', '.join(said)}, {result['n']} problems")
+    return dict(step=step) | result
+
+
 def main():
     s, resume = parse_settings(Settings, PRESETS, __doc__)
     model, tokenizer = load_base(s)
-    ranks.start(model.device)
+    processes.start(model.device)
     model.checkpoint = s.checkpoint
     train, held_out, note = load_split(s, tokenizer)
     add_lora(model, s.rank, s.alpha, seed=s.seed)
     trained = list(lora_parameters(model).values())
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, s.beta2), weight_decay=0.0)
-    folder = Path(s.out) if resume else run.new_run(s, model)
+    folder = Path(s.out) if resume else new_run(s, model)
     done = begin(folder, model, optimizer, s)
-    ranks.wait()  # the first process may have cut the files back to a checkpoint
+    processes.wait()  # the first process may have cut the files back to a checkpoint
     history, evals = (read_rows(folder / name) for name in ("metrics.jsonl", "evals.jsonl"))
     if history and evals[-1]["step"] == s.steps:
         return print(f"{folder} has finished its {s.steps} steps: nothing is left to do")
-    board = run.open_board(s, folder, done)
+    board = open_board(s, folder, done)
     print(f"{s.credit} on {s.model}: {sum(p.numel() for p in trained):,} LoRA parameters, {note}")
     print(f"run folder {folder}" + f", going on after step {done}" * resume, flush=True)
 
     def evaluate(step):  # unless a run that was interrupted had it done
-        if run.is_evaluated(step, s) and (not evals or evals[-1]["step"] < step):
-            evals.append(run.evaluate_step(model, tokenizer, held_out, s, step, folder, board))
+        if is_evaluated(step, s) and (not evals or evals[-1]["step"] < step):
+            evals.append(evaluate_step(model, tokenizer, held_out, s, step, folder, board))
 
-    bar = tqdm(range(done + 1, s.steps + 1), disable=not run.on_screen(), dynamic_ncols=True)
+    bar = tqdm(range(done + 1, s.steps + 1), disable=not on_screen(), dynamic_ncols=True)
     try:
         evaluate(done)
         for step in bar:
             started = time.perf_counter()
             problems = problems_of_step(train, s.prompts, s.seed, step)
-            compare = s.compare_rules or run.is_evaluated(step, s) or step % 10 == 1
+            compare = s.compare_rules or is_evaluated(step, s) or step % 10 == 1
             r = rollout(model, tokenizer, problems, s, step, compare)
             sampled = time.perf_counter()
             advantages = group_advantages(r.rewards, s.advantage).flatten()  # (B,)
@@ -142,13 +164,13 @@ def main():
                 metrics = dict(step=step) | metrics | dict(lr=lr, seconds_verify=r.seconds_verify)
                 metrics.update(seconds_rollout=sampled - started, seconds_update=ended - sampled)
                 metrics["tokens_per_second"] = metrics["completion_tokens"] / (ended - started)
-                run.record(folder / "metrics.jsonl", metrics, board)
+                record(folder / "metrics.jsonl", metrics, board)
                 history.append(metrics)
-                run.show(bar, metrics, evals[-1]["greedy"])
-                run.warn(history, model)
+                show(bar, metrics, evals[-1]["greedy"])
+                warn(history, model)
                 if compare:
-                    run.keep_samples(r, known, s, tokenizer, step, folder)
-                due = run.is_evaluated(step, s) or step % s.save_every == 0
+                    keep_samples(r, known, s, tokenizer, step, folder)
+                due = is_evaluated(step, s) or step % s.save_every == 0
                 if due and (step == s.steps or not metrics["skipped"]):
                     save(folder, model, optimizer, step, s)
             evaluate(step)
@@ -156,7 +178,7 @@ def main():
         save(folder, model, optimizer, done, s)
         said = f"step {done} is saved, python train.py --resume {folder} goes on"
         raise KeyboardInterrupt(*stop.args, said) from None
-    run.summary(folder, history, evals, s)
+    summary(folder, history, evals, s)
 
 
 if __name__ == "__main__":

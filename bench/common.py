@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 from data.problems import TINY, add_prompts, load_problems
-from lora import add_lora, load_adapter, lora_parameters, save_adapter
-from model import Config, Tokenizer, load_model, load_tokenizer
-from plumbing.cli import random_model
-from plumbing.files import UserError
+from hf.checkpoint import Tokenizer, load_model, load_tokenizer, random_model
+from hf.peft import load_adapter, save_adapter
+from lora import add_lora, lora_parameters
+from model import Config
+from system.errors import UserError
 
 # name: hidden, intermediate, layers, heads, key-value heads (arXiv 2505.09388, table 1)
 SHAPES = {"0.6B": (1024, 3072, 28, 16, 8), "1.7B": (2048, 6144, 28, 16, 8)}

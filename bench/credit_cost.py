@@ -20,10 +20,9 @@ import credit
 import grpo
 from bench.common import SHAPES, TEXT, adapted, config_of, settings, timed
 from data.problems import TINY, add_prompts, load_problems
+from hf.checkpoint import load_model, load_tokenizer, random_model
 from lora import adapter_off, lora_parameters
-from model import load_model, load_tokenizer
-from plumbing.cli import random_model
-from plumbing.files import run_cli
+from system.errors import run_cli
 
 
 def setting_up(args):

@@ -23,11 +23,10 @@ from bench import common
 from bench.common import SHAPES, TEXT, line, number, settings, timed
 from bench.ours import half_right
 from data.problems import TINY, add_prompts, load_problems
+from hf.checkpoint import load_model, load_tokenizer, random_model
 from lora import add_lora, lora_parameters
-from model import load_model, load_tokenizer
-from plumbing.cli import random_model
-from plumbing.files import run_cli
 from sample import generate
+from system.errors import run_cli
 
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 

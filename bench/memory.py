@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 import grpo
 import sample
 from bench.common import line, settings
+from hf.checkpoint import random_model
 from lora import add_lora
 from model import Config, Qwen3
-from plumbing.cli import random_model
 from train import Settings
 
 # name: hidden, intermediate, layers, heads, key-value heads, tied (arXiv 2505.09388, table 1)

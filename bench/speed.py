@@ -29,7 +29,7 @@ import torch
 
 from bench import common, ours, peers
 from bench.common import line, middle, number
-from plumbing.files import UserError, run_cli
+from system.errors import UserError, run_cli
 
 # ---- The contestants -----------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ HOUSE = Path(__file__).parent.parent
 sys.path.insert(0, str(HOUSE))
 
 from eval_math import verify  # noqa: E402
-from plumbing.files import UserError, run_cli  # noqa: E402
+from system.errors import UserError, run_cli  # noqa: E402
 
 DEV = HOUSE.parent / "shared" / "verifier" / "dev.jsonl"
 HOSTILE = {"hostile", "awkward"}

@@ -23,10 +23,12 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 
+from hf.checkpoint import config_from_dict
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import generate as gen
 from data.problems import PROMPT, prompt_text
-from model import Config, Qwen3
+from model import Qwen3
 
 STYLES = ("careful", "slip", "impatient", "hasty")
 TEXTBOOK, QUIZ = (0.62, 0.06, 0.12, 0.20), (0.36, 0.06, 0.00, 0.58)  # shares of the styles
@@ -191,7 +193,7 @@ def main():
     config = CONFIG | dict(vocab_size=tok.get_vocab_size())
     dump(args.out / "config.json", config)
     dump(args.out / "generation_config.json", dict(eos_token_id=0, pad_token_id=0))
-    model = Qwen3(Config.from_dict(config))
+    model = Qwen3(config_from_dict(config))
     init(model, model.config, args.seed)
     pretrain(model, tok, args.steps, 64, args.lr, args.seed)
     state = {

@@ -7,11 +7,12 @@ JSONL file, the embedded set (`tiny`) or the Hub (`math`, `math500`, `gsm8k`).
 import json
 import math
 import random
-import re
 import unicodedata
 from pathlib import Path
 
-from plumbing.files import UserError, hub_folder
+from hf.hub import hub_folder
+from system.errors import UserError
+from verifier.extract import last_boxed
 
 TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint and its problems
 # The prompt of the ARCA authors. The embedded model was pretrained on it.
@@ -34,46 +35,11 @@ HUB = {
     "gsm8k": ("openai/gsm8k", "main/{}-*.parquet", "question answer"),
 }
 
-BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-MAX_BOX, MAX_BOXES = 5000, 20  # characters of a box that are read, and boxes that may be nested
-
 
 def prompt_text(problem: str, chat=False, prompt=PROMPT) -> str:
     """The text before the completion; with chat=True as a user's turn in ChatML."""
     text = prompt.replace("{problem}", problem)
     return CHATML.replace("{prompt}", text) if chat else text
-
-
-def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{...} or \\fbox{...} holds; None without one, or if it is not closed.
-
-    Of a box in a box it is the outer one: \\boxed{\\boxed{5}+1} is not 5.
-    """
-    near = max(0, text.rfind("box") - MAX_BOX)  # an outer box that is longer is none
-    boxes = list(BOX.finditer(text, near))[:-MAX_BOXES:-1]
-    answer = held(text, boxes[0].end()) if boxes else None
-    for box in boxes[1:]:
-        outer = held(text, box.end())
-        if answer is not None and outer and box.end() + len(outer) > boxes[0].start():
-            answer = outer
-    return answer and answer.strip()
-
-
-def held(text: str, start: int) -> str | None:
-    """What stands in the braces that open here, or one word: \\boxed 5."""
-    rest = text[start : start + MAX_BOX]
-    if not rest.startswith("{"):
-        return rest.split()[0].rstrip(".$") if rest.split() else None
-    depth, i = 0, 0
-    while i < len(rest):
-        if rest[i] == "\\":
-            i += 1  # an escaped brace is text
-        elif rest[i] in "{}":
-            depth += 1 if rest[i] == "{" else -1
-            if depth == 0:
-                return rest[1:i]
-        i += 1
-    return None
 
 
 def gold_answer(row: dict) -> str | None:

@@ -19,9 +19,10 @@ import credit
 import grpo
 from data.problems import add_prompts, load_problems
 from experiments.stats import crossed
-from plumbing.batches import micro_batches
-from plumbing.cli import add_flags, load_base
-from plumbing.files import UserError, run_cli, write_json
+from fast.packing import micro_batches
+from run.flags import add_flags, load_base
+from system.errors import UserError, run_cli
+from system.files import write_json
 
 RULES = ("uniform", "surprisal", "entropy_reduction", "divergence", "arca")  # the paper's
 PUBLISHED = {  # its tables, by (rule, rank): greedy, pass@4, mean reward, Gini, effective ratio

@@ -17,8 +17,8 @@ from experiments.concentration import PUBLISHED
 from experiments.rows import default_file, in_cell, read_results
 from experiments.stats import crossed
 from experiments.tables import BASE, estimate
-from plumbing.diagnostics import CLASSES
-from plumbing.files import UserError, run_cli
+from run.metrics import CLASSES
+from system.errors import UserError, run_cli
 
 STYLE = {  # rule: colour, marker, dashes
     "uniform": ("#555555", "o", "-"),

@@ -45,10 +45,10 @@ from experiments.oracle_report import as_text, by_side, compare_arms, draw
 from experiments.truth import all_signals, grader, open_run, prefix_values
 from grpo import given_signals, group_advantages, has_spread, rollout, update
 from lora import add_lora, lora_parameters
-from plumbing import files
-from plumbing.cli import load_base
-from plumbing.diagnostics import CLASSES, rank_correlation
-from plumbing.files import UserError, run_cli
+from run.flags import load_base
+from run.metrics import CLASSES, rank_correlation
+from system import files
+from system.errors import UserError, run_cli
 from train import Settings, lr_at
 
 ROOT = Path(__file__).parent.parent

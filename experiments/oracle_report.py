@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from plumbing.diagnostics import CLASSES
+from run.metrics import CLASSES
 
 ARMS = ("uniform", "arca", "true", "true_signed")  # of training; the first is compared with
 T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's, by n

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from data.problems import HUB, TINY
 from experiments.concentration import RULES
-from plumbing.files import UserError, read_json, read_rows
-from plumbing.settings import check
+from run.settings import check
+from system.errors import UserError
+from system.files import read_json, read_rows
 from train import PRESETS as TRAINING
 from train import Settings
 

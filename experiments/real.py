@@ -16,8 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments.concentration import RULES, show
 from experiments.plan import ROOT, code_key
-from plumbing.cli import add_flags
-from plumbing.files import UserError, read_json, run_cli, write_json
+from run.flags import add_flags
+from system.errors import UserError, run_cli
+from system.files import read_json, write_json
 
 # Few steps must move the adapter out of the rounding of bf16: hence the rate, and no warmup.
 TRAINING = "--warmup 1 --lr 2e-4 --eval-problems 1 --eval-samples 0 --save-every 1 --sharpening 2"

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.answers import read_answers
-from plumbing.diagnostics import CLASSES
-from plumbing.files import UserError, read_json, read_rows, write_whole
+from run.answers import read_answers
+from run.metrics import CLASSES
+from system.errors import UserError
+from system.files import read_json, read_rows, write_whole
 
 CURVES = ("reward", "entropy", "gini", "effective_token_ratio")  # of metrics.jsonl, by step
 

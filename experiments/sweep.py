@@ -25,7 +25,7 @@ import torch
 
 from experiments import rows, tables
 from experiments.plan import PRESETS, ROOT, cells, code_key, next_command, part_of, plan
-from plumbing.files import UserError, printable, run_cli
+from system.errors import UserError, printable, run_cli
 from train import Settings
 
 # Settings of train.py that a sweep may have otherwise, the same for all its runs.

@@ -11,12 +11,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import math
 
-from eval_math import wilson
 from experiments.concentration import PUBLISHED
 from experiments.rows import default_file, in_cell, matrix, paired, read_results
 from experiments.stats import Estimate, bootstrap_p, crossed, holm
-from plumbing.answers import mcnemar, paired_difference
-from plumbing.files import run_cli
+from run.answers import mcnemar, paired_difference, wilson
+from system.errors import run_cli
 
 BASE = ("base", 0, 0.0)
 

@@ -38,8 +38,8 @@ from experiments.oracle_report import bootstrap, mean_of
 from experiments.truth import all_signals, open_run
 from grpo import rollout
 from lora import lora_layers
-from plumbing import files
-from plumbing.files import UserError, run_cli
+from system import files
+from system.errors import UserError, run_cli
 
 SCALES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
 SMALL = 0.01  # the scale that stands for the limit: below it rounding shows

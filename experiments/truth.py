@@ -32,11 +32,11 @@ from eval_math import verify
 from experiments.concentration import read_signals
 from grpo import group_advantages, wanted_signals
 from lora import add_lora, lora_parameters
-from plumbing import files
-from plumbing.checkpoints import kept_adapters
-from plumbing.cli import load_base
-from plumbing.files import UserError
+from run.checkpoints import kept_adapters
+from run.flags import load_base
 from sample import generate
+from system import files
+from system.errors import UserError
 from train import Settings
 
 REACH = 0.5  # a prefix that a smaller share of continuations is expected to pass is a start

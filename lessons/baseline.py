@@ -14,8 +14,8 @@ import torch
 from data.problems import load_split, problems_of_step
 from grpo import group_advantages, rollout, update
 from lora import add_lora, lora_parameters
-from plumbing.cli import load_base
-from plumbing.files import run_cli
+from run.flags import load_base
+from system.errors import run_cli
 from train import Settings
 
 

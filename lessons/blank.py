@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plumbing.files import UserError, run_cli
+from system.errors import UserError, run_cli
 
 HOUSE = Path(__file__).resolve().parent.parent
 FILES = ["model.py", "lora.py", "sample.py", "eval_math.py", "credit.py", "grpo.py", "train.py"]

@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from data.problems import TINY, load_problems
-from model import KVCache, load_model, load_tokenizer
+from hf.checkpoint import load_model, load_tokenizer
+from model import KVCache
 
 ROWS = 8
 

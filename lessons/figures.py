@@ -16,13 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.problems import add_prompts, load_problems
 from eval_math import verify
 from lora import lora_parameters
-from plumbing.checkpoints import kept_adapters
-from plumbing.cli import load_base
-from plumbing.credit_draw import LIGHT, TOP, draw_band, is_right, telling_pair
-from plumbing.credit_view import make_groups, read_samples
-from plumbing.files import UserError, read_json, run_cli
+from run.checkpoints import kept_adapters
+from run.flags import load_base
 from sample import generate
+from system.errors import UserError, run_cli
+from system.files import read_json
 from train import Settings
+from view.__main__ import make_groups, read_samples
+from view.draw import LIGHT, TOP, draw_band, is_right, telling_pair
 
 try:
     from matplotlib.colors import LinearSegmentedColormap

@@ -12,9 +12,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import grpo
 import train
-from eval_math import extract_answer, verify
-from plumbing.answers import read_answers
-from plumbing.files import UserError, run_cli
+from eval_math import verify
+from run.answers import read_answers
+from system.errors import UserError, run_cli
+from verifier.extract import extract_answer
 
 
 def substring(completion, gold):

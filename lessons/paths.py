@@ -14,9 +14,9 @@ import grpo
 from credit import Signals, gini, token_weights
 from data.problems import add_prompts, load_problems
 from lora import lora_layers
-from plumbing.cli import load_base
-from plumbing.diagnostics import rank_correlation
-from plumbing.files import run_cli
+from run.flags import load_base
+from run.metrics import rank_correlation
+from system.errors import run_cli
 from train import Settings
 
 

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from credit import effective_token_ratio, gini, share
-from plumbing.credit_view import read_samples
-from plumbing.files import run_cli
+from system.errors import run_cli
+from view.__main__ import read_samples
 
 POWERS = (0.25, 0.5, 1, 2, 4)
 

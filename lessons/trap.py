@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lessons.blank import copy_project
-from plumbing.files import UserError, run_cli
+from system.errors import UserError, run_cli
 
 PAGE = Path(__file__).with_name("traps.md")
 QUIETLY = ["-x", "-q", "--tb=short", "--no-header", "-p", "no:cacheprovider"]

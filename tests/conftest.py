@@ -16,7 +16,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from model import Config, Qwen3
+from hf.checkpoint import config_from_dict
+from model import Qwen3
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = dict(vocab_size=311, hidden_size=40, intermediate_size=56, num_hidden_layers=2)
@@ -42,7 +43,7 @@ def randomise(model, seed=0):
 def tiny_model(seed=0, **changes) -> Qwen3:
     """A random model of ours, tied, of the Qwen3 family unless told otherwise."""
     raw = SHAPE | dict(model_type="qwen3", rope_theta=500.0, tie_word_embeddings=True) | changes
-    return randomise(Qwen3(Config.from_dict(raw)), seed)
+    return randomise(Qwen3(config_from_dict(raw)), seed)
 
 
 def hf_model(family="qwen3", seed=0, rope_theta=500.0, **changes):

@@ -9,7 +9,7 @@ import torch
 
 import credit
 from credit import METHODS, Signals, effective_token_ratio, gini, token_weights
-from model import UserError
+from system.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = [4, 2, 1]  # a row that fills its columns, one that is padded, one of a single token

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from data import generate as gen
-from data.problems import last_boxed, load_problems, load_split, prompt_text
-from model import UserError
+from data.problems import load_problems, load_split, prompt_text
+from system.errors import UserError
+from verifier.extract import last_boxed
 
 TINY = Path(__file__).parent.parent / "data" / "tiny"
 FAMILIES = {family.__name__: family for family in gen.FAMILIES}

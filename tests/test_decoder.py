@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from fast import decoder
+from fast.decoder import Decoder, attend
 from lora import adapter_off, add_lora, lora_parameters
-from plumbing import decoder
-from plumbing.decoder import Decoder, attend
 from sample import generate
 
 FAMILIES = [dict(), dict(model_type="qwen2"), dict(model_type="llama"), dict(num_key_value_heads=4)]

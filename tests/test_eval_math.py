@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from eval_math import extract_answer, pass_at_k, verify, wilson
+from eval_math import pass_at_k, verify
+from run.answers import wilson
+from verifier.extract import extract_answer
 
 ROOT = Path(__file__).parent.parent
 TINY = [ROOT / "data" / "tiny" / f"{split}.jsonl" for split in ("train", "test")]

@@ -26,12 +26,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from data.problems import add_prompts, load_problems
-from eval_math import graded, print_groups
-from lora import add_lora, load_adapter, save_adapter
-from model import UserError, load_model, load_tokenizer
-from plumbing.answers import compare, read_answers
-from plumbing.cli import check_fit
-from plumbing.files import INDEX, printable
+from eval_math import graded
+from hf.checkpoint import INDEX, load_model, load_tokenizer
+from hf.peft import load_adapter, save_adapter
+from lora import add_lora
+from run.answers import compare, print_groups, read_answers
+from run.flags import check_fit
+from system.errors import UserError, printable
 
 ROOM = 2**30  # bytes that a loader may allocate beyond what is there; the files have 200 kB
 SECONDS = 5  # of processor time for a file

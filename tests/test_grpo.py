@@ -23,9 +23,10 @@ from helpers import (
 import credit
 import grpo
 from data.problems import TINY
+from fast.packing import padding
+from hf.checkpoint import load_model
 from lora import add_lora, lora_parameters
-from model import UserError, load_model
-from plumbing.batches import padding
+from system.errors import UserError
 
 PROMPTS = [[3, 5], [7, 2, 9, 4]]  # two groups, of unequal prompts
 COMPLETIONS = [[4, EOS], [6, 0, 0, 3, EOS], [5, 1, 8], [EOS]]  # 0 is a token, EOS and padding
@@ -234,7 +235,7 @@ def test_micro_batches_hold_each_chosen_row_once():
 
     for budget, each in itertools.product((1, 10, 15, 24, 1000), (0, 1, 5, 64)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("plumbing.batches.PASS", each)
+            patch.setattr("fast.packing.PASS", each)
             groups = [g.tolist() for g in grpo.micro_batches(r, chosen, budget)]
         assert [i for g in groups for i in g] == rows
         assert all(len(g) == 1 or read(g) <= budget for g in groups)

@@ -20,13 +20,14 @@ import torch
 from conftest import ROOT, hf_model, save_tokenizer
 
 from data.problems import HUB
-from model import load_model
+from hf.checkpoint import load_model
 
 OLD, NEW = "1" * 40, "2" * 40  # two commits of every repository
 READ = """
 import json, sys
 from data.problems import load_problems
-from plumbing.files import UserError, hub_model
+from hf.checkpoint import hub_model
+from system.errors import UserError
 for kind, *args in json.loads(sys.argv[1]):
     try:
         print(json.dumps(str(hub_model(*args)) if kind == "model" else load_problems(*args)))

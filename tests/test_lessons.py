@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from lessons import blank, trap
-from plumbing.files import UserError
+from system.errors import UserError
 
 HOUSE = Path(__file__).parent.parent
 AT_ONCE = 2  # copies tested at the same time

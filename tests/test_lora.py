@@ -10,8 +10,10 @@ from conftest import edit_json, hf_model
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from lora import ALL_LINEAR, adapter_off, add_lora, load_adapter, lora_parameters, save_adapter
-from model import UserError, load_model
+from hf.checkpoint import load_model
+from hf.peft import load_adapter, save_adapter
+from lora import ALL_LINEAR, adapter_off, add_lora, lora_parameters
+from system.errors import UserError
 
 IDS = torch.randint(300, (2, 17), generator=torch.Generator().manual_seed(0))
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

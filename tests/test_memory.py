@@ -8,12 +8,12 @@ from helpers import EOS, close, gradient, handmade, settings, tiny_model
 from test_resume import SMALL, one_error, resume, rows
 
 from bench import memory
+from fast.packing import Packed
 from grpo import update
 from lora import lora_parameters
 from model import Qwen3
-from plumbing import checkpoints
-from plumbing.batches import Packed
-from plumbing.files import out_of_memory
+from run import checkpoints
+from system.errors import out_of_memory
 
 HOUSE = Path(__file__).parent.parent
 CPU = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"

@@ -13,10 +13,11 @@ from conftest import ROOT, edit_json, hf_model, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from model import Config, KVCache, Qwen3, UserError, load_model, load_tokenizer
-from plumbing.cli import load_base
-from plumbing.files import run_cli
+from hf.checkpoint import config_from_dict, load_model, load_tokenizer
+from model import KVCache, Qwen3
+from run.flags import load_base
 from sample import generate
+from system.errors import UserError, run_cli
 
 SHAPES = {  # what transformers builds; the defaults are in conftest.SHAPE
     "qwen3": dict(),
@@ -184,7 +185,7 @@ def test_parameter_counts_of_qwen3(size, kind):
     if not path.exists():
         pytest.skip("shared/configs is not here")
     with torch.device("meta"):
-        model = Qwen3(Config.from_dict(json.loads(path.read_text())))
+        model = Qwen3(config_from_dict(json.loads(path.read_text())))
     assert sum(p.numel() for p in model.parameters()) == COUNTS[size]
 
 

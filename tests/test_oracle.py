@@ -15,8 +15,8 @@ from experiments import oracle_report
 from experiments.oracle import chosen_rows, score, share_on_top, true_weights
 from experiments.truth import follow, open_run, prefix_values, starts_of
 from grpo import Rollout, group_advantages
-from plumbing.files import UserError
 from sample import Completions, generate
+from system.errors import UserError
 from train import Settings
 
 LIMIT = 5  # tokens a completion may have

@@ -11,7 +11,7 @@ import pytest
 from data.problems import TINY
 from experiments import concentration, oracle_report, tables, theory
 from experiments.rows import read_results
-from plumbing.files import read_json
+from system.files import read_json
 
 HOUSE = Path(__file__).parent.parent
 RESULTS = HOUSE / "experiments/results"

@@ -27,10 +27,12 @@ from helpers import tiny_model
 
 import train
 from data.problems import TINY
-from lora import load_adapter, lora_parameters
-from model import load_model
-from plumbing import checkpoints, files, run
-from plumbing.files import UserError, run_cli
+from hf.checkpoint import load_model
+from hf.peft import load_adapter
+from lora import lora_parameters
+from run import checkpoints
+from system import files
+from system.errors import UserError, run_cli
 
 TIMING = {"seconds_rollout", "seconds_verify", "seconds_update", "tokens_per_second"}
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -68,7 +70,7 @@ def child(flags, log, pipe, moment, limit, breaks):
     train.rollout = telling("sampling", train.rollout, pipe, moment)
     train.update = telling("update", train.update, pipe, moment)
     train.save = checkpoints.save = telling("saving", train.save, pipe, moment)
-    run.evaluate_step = telling("evaluation", run.evaluate_step, pipe, moment)
+    train.evaluate_step = telling("evaluation", train.evaluate_step, pipe, moment)
     if breaks:
         advantages = train.group_advantages
         steps = iter(range(1, 10**6))

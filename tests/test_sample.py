@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT, tiny_model
 
 from data.problems import prompt_text
-from model import UserError, load_model, load_tokenizer
-from plumbing.files import printable
+from hf.checkpoint import load_model, load_tokenizer
 from sample import FEW, RUN, cut, draw, generate, uniforms
+from system.errors import UserError, printable
 
 BELOW_1 = 1 - 2**-53  # the largest float64 below 1
 PROMPTS = [[1, 2, 3], [4], [5, 0, 5, 1, 2, 2, 3], [2, 4]]

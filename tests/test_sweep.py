@@ -19,7 +19,7 @@ from data.problems import TINY
 from experiments import plan, rows, stats, sweep, tables
 from experiments.concentration import PUBLISHED
 from experiments.plan import Preset
-from plumbing.files import UserError
+from system.errors import UserError
 from train import Settings
 
 TRAIN = """
@@ -61,7 +61,7 @@ PRESET = Preset(dict(steps=4, eval_problems=2), 2, (1,), (1,), 2)
 @pytest.fixture
 def house(tmp_path, monkeypatch):
     """A folder of stand-ins for the scripts that a sweep starts."""
-    from plumbing.diagnostics import CLASSES
+    from run.metrics import CLASSES
 
     place = tmp_path / "house"
     place.mkdir()

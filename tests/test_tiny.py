@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from data.problems import TINY, load_problems, prompt_text
-from eval_math import extract_answer, verify
-from model import load_model, load_tokenizer
+from eval_math import verify
+from hf.checkpoint import load_model, load_tokenizer
 from sample import generate
+from verifier.extract import extract_answer
 
 
 @pytest.fixture(scope="module")

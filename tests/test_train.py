@@ -12,8 +12,8 @@ import torch
 import train
 from credit import METHODS
 from data.problems import problems_of_step
-from plumbing.files import run_cli
-from plumbing.run import new_run
+from run.folder import new_run
+from system.errors import run_cli
 
 HOUSE = Path(__file__).parent.parent
 SMALL = "--steps 4 --prompts 3 --samples 3 --max-new-tokens 48 --eval-problems 8 --eval-samples 2"

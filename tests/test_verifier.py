@@ -20,11 +20,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.problems import last_boxed
-from eval_math import extract_answer, main, verify
-from model import UserError
-from plumbing.answers import compare, mcnemar, paired_difference
+from eval_math import main, verify
+from run.answers import compare, mcnemar, paired_difference
+from system.errors import UserError
 from verifier.compare import same_answer
+from verifier.extract import extract_answer, last_boxed
 from verifier.latex import parse
 from verifier.spellings import MACROS, normalise
 from verifier.values import POINTS, PRIMES, Values

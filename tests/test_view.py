@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from credit import METHODS
-from plumbing import credit_view
-from plumbing.files import run_cli
+from system.errors import run_cli
+from view import __main__ as credit_view
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = "</script><script>document.title='x'</script><!--"
@@ -194,7 +194,7 @@ def test_page_escapes_what_a_model_wrote(monkeypatch, capsys, tmp_path):
     call(monkeypatch, capsys, "--run", hostile(tmp_path), "--out", tmp_path)
     text = (tmp_path / "credit.html").read_text(encoding="utf-8")
     assert "document.title='x'" in text  # it is there, but neither of these is
-    template = (ROOT / "plumbing" / "credit.html").read_text(encoding="utf-8")
+    template = (ROOT / "view" / "page.html").read_text(encoding="utf-8")
     for mark in ("<script", "</script", "<!--"):
         assert text.count(mark) == template.count(mark)
     assert not set(text) & set("\u2028\u2029\x1b\x9b")
@@ -203,7 +203,7 @@ def test_page_escapes_what_a_model_wrote(monkeypatch, capsys, tmp_path):
 
 def test_page_asks_for_nothing_from_outside():
     """A font or script from elsewhere: broken without a network, and it tells who looks."""
-    text = (ROOT / "plumbing" / "credit.html").read_text(encoding="utf-8")
+    text = (ROOT / "view" / "page.html").read_text(encoding="utf-8")
     links = set(re.findall(r"https?://[^\"' )]*", text)) - {"http://www.w3.org/2000/svg"}  # a name
     assert not links
     assert not re.findall(r"\b(?:src|href|action)\s*=|@import|url\(|fetch\(|innerHTML", text)

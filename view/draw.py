@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from credit import METHODS, effective_token_ratio, gini
-from plumbing.diagnostics import CLASSES
+from run.metrics import CLASSES
 
 TOP = 15  # weights from here on are shaded alike; 0, 1, 3, 7 and 15 are then equally far apart
 LIGHT = ["#ffffff", "#dfe3e8", "#90b7ea", "#3674c5", "#0f3277"]  # on paper: those five weights
@@ -109,7 +109,7 @@ def page(groups, names, p, own, title):
     rules = [dict(name=name, formula=formula(name)) for name in names]
     about = dict(title=title, own=own, p=p, rules=rules, classes=CLASSES, groups=groups)
     text = json.dumps(about | dict(top=TOP, light=LIGHT, dark=DARK), allow_nan=False)
-    template = Path(__file__).with_name("credit.html").read_text(encoding="utf-8")
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("{{data}}", text.replace("<", "\\u003c"))
 
 

@@ -52,7 +52,7 @@ class Packed:
     def attend(self, layer, q, k, v):
         """q (1, H, N, K), k and v (1, H_kv, N, K) -> (1, N, H K)."""
         prompts, rows = zip(*(self.in_rows(x[0].transpose(0, 1)) for x in (q, k, v)), strict=True)
-        # (index_select adds up repeated rows' gradients in one order; indexing does so in parallel.)
+        # (index_select adds repeated rows' gradients up in one order, indexing does not.)
         k, v = (torch.cat([prompts[i].index_select(0, self.group), rows[i]], dim=2) for i in (1, 2))
         y = attention(*prompts), attention(rows[0], k, v, self.mask)  # (p, L, H K), (b, T, H K)
         parts = zip(y, self.cells, strict=True)

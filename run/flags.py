@@ -5,9 +5,17 @@ import os
 import torch
 
 from data.problems import TINY, prompt_text
-from lora import load_adapter
-from model import Config, Qwen3, checkpoint_folder, default_dtype, load_model, load_tokenizer
-from plumbing.files import UserError, read_json
+from hf.checkpoint import (
+    checkpoint_folder,
+    config_from_dict,
+    default_dtype,
+    load_model,
+    load_tokenizer,
+    random_model,
+)
+from hf.peft import load_adapter
+from system.errors import UserError
+from system.files import read_json
 
 FLAGS = dict(model=(str(TINY), "a checkpoint folder or a Hub id"))  # name: (default, help)
 FLAGS |= dict(revision=("", "branch, tag or commit of the Hub id"))
@@ -37,18 +45,6 @@ def check_fit(tokenizer, model, name):
         raise UserError(f"{name}: tokenizer or eos_token_id has an id {last}, the model {n} tokens")
 
 
-def random_model(config: Config, device="cpu", dtype=torch.float32, seed=0) -> Qwen3:
-    """A frozen model whose weights are small random numbers: for measuring speed and memory."""
-    with torch.device("meta"):
-        model = Qwen3(config)
-    model = model.to_empty(device=device).to(dtype)
-    model.tie()
-    rng = torch.Generator(model.device).manual_seed(seed)
-    for name, p in model.named_parameters():
-        p.data.fill_(1.0) if "norm" in name else p.data.normal_(std=0.02, generator=rng)
-    return model.requires_grad_(False).eval()
-
-
 def load_base(s):
     """The frozen model and tokenizer that these flags, or the Settings of train.py, ask for."""
     dtypes = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
@@ -64,7 +60,7 @@ def load_base(s):
     folder, dtype = checkpoint_folder(s.model, s.revision), dtypes[s.dtype]
     if getattr(s, "random_weights", False):  # config.json is enough; the text is the embedded one's
         dtype = dtype or default_dtype(device)
-        config = Config.from_dict(read_json(folder / "config.json"))
+        config = config_from_dict(read_json(folder / "config.json"))
         tokenizer, model = load_tokenizer(TINY), random_model(config, device, dtype)
     else:
         tokenizer, model = load_tokenizer(folder), load_model(folder, device, dtype)

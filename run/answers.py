@@ -1,4 +1,4 @@
-"""Files of graded answers: read, written, and two of them compared problem by problem."""
+"""Files of graded answers: read, written, counted by group, and two of them compared."""
 
 import itertools
 import json
@@ -6,7 +6,9 @@ import math
 from pathlib import Path
 
 from data.problems import json_rows
-from plumbing.files import UserError
+from system.errors import UserError, printable
+
+GROUPS = ("level", "subject", "type", "kind")  # of problems
 
 NORMAL = 1.959964  # quantile of the standard normal distribution for two-sided 95 % intervals
 
@@ -30,6 +32,34 @@ def write_answers(name: str, rows: list[dict]) -> Path:
     # ASCII, because a model can write half of a surrogate pair, for which UTF-8 has no bytes.
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
     return path
+
+
+def wilson(mean: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a mean over n problems of values in [0, 1] (exact for 0 and 1)."""
+    a = NORMAL**2 / n  # the squared normal quantile, per problem
+    center, spread = mean + a / 2, math.sqrt(a * (mean * (1 - mean) + a / 4))
+    return (center - spread) / (1 + a), (center + spread) / (1 + a)
+
+
+def rates(result) -> list[str]:
+    """The keys of a result that are rates with an interval."""
+    return [key for key in result if f"{key}_95" in result]
+
+
+def with_interval(result, key) -> str:
+    """Such as `52.4 % [48.2, 56.6]`."""
+    low, high = result[f"{key}_95"]
+    return f"{100 * result[key]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def print_groups(rows):
+    """How many rows are right, of all and by level, subject, ..., with Wilson's interval."""
+    for name in (None, *GROUPS):
+        for value in sorted({str(row[name]) for row in rows if name in row}) if name else [""]:
+            hits = [row["verdict"] for row in rows if not name or str(row.get(name)) == value]
+            rate = dict(x=sum(hits) / len(hits), x_95=wilson(sum(hits) / len(hits), len(hits)))
+            label = f"  {name} {printable(value):24}" if name else "right"
+            print(f"{label} {sum(hits)} of {len(hits)}: {with_interval(rate, 'x')}")
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -12,7 +12,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from plumbing.files import UserError
+from system.errors import UserError
 
 
 def rank():

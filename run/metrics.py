@@ -8,7 +8,7 @@ import re
 import torch
 
 import credit
-from data.problems import last_boxed
+from verifier.extract import last_boxed
 
 
 def fallback(method, m, mask):

@@ -16,11 +16,12 @@ import torch
 import grpo
 from credit import effective_token_ratio, gini
 from data.problems import add_prompts, load_problems, problems_of_step
-from plumbing.cli import add_flags, load_base
-from plumbing.credit_draw import figure, page, show_all, show_own
-from plumbing.diagnostics import CLASSES, rank_correlation, token_classes
-from plumbing.files import UserError, printable, read_json
-from plumbing.run import sample_rows
+from run.flags import add_flags, load_base
+from run.folder import sample_rows
+from run.metrics import CLASSES, rank_correlation, token_classes
+from system.errors import UserError, printable
+from system.files import read_json
+from view.draw import figure, page, show_all, show_own
 
 # ---- Samples -------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ import torch
 
 import credit
 from grpo import group_advantages
-from plumbing.checkpoints import resumed_settings
-from plumbing.files import UserError
+from run.checkpoints import resumed_settings
+from system.errors import UserError
 
 
 def parse_settings(kind, presets, about):

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from test_memory import step
 from test_resume import PRELOAD, TIMING, few_problems, finish, rows
 
-from plumbing import checkpoints, ranks
+from run import checkpoints
 from sample import generate
+from system import processes
 
 HOUSE = Path(__file__).parent.parent
 RUN = "--steps 4 --prompts 5 --samples 4 --max-new-tokens 32 --eval-problems 6 --eval-samples 2"
@@ -195,7 +196,9 @@ def test_the_processes_add_up_the_same_tensors_at_a_time(monkeypatch):
     """The order of a set of strings, which differs from process to process: log-probs were added to
     entropies, or the run aborted."""
     seen, model = [], tiny_model()
-    monkeypatch.setattr(ranks, "add_up", lambda tensors: seen.append([x.shape for x in tensors]))
+    monkeypatch.setattr(
+        processes, "add_up", lambda tensors: seen.append([x.shape for x in tensors])
+    )
     for keep in (("entropy", "hidden"), ("hidden", "entropy")):
         generate(model, [[1, 2]], n=2, max_new_tokens=3, keep=keep)
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :] and len(set(map(str, seen))) > 1

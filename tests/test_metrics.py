@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from credit import Signals
-from plumbing.diagnostics import (
-    CLASSES,
-    fallback,
-    quadrants,
-    rank_correlation,
-    token_classes,
-)
+from run.metrics import CLASSES, fallback, quadrants, rank_correlation, token_classes
 
 MASK = torch.arange(4) < torch.tensor([4, 2, 1])[:, None]
 

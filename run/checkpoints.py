@@ -19,10 +19,12 @@ from pathlib import Path
 import safetensors.torch
 from tqdm import tqdm
 
-from lora import lora_parameters, save_adapter
-from plumbing import files, ranks
-from plumbing.files import UserError, read_rows
-from plumbing.run import run_name
+from hf.peft import save_adapter
+from lora import lora_parameters
+from run.folder import run_name
+from system import files, processes
+from system.errors import UserError
+from system.files import read_rows
 
 # Settings that a resumed run may change: they decide what is kept and seen, not what is learned.
 FREE = ["out", "device", "micro_tokens", "eval_every", "save_every", "keep", "compare_rules"]
@@ -33,7 +35,7 @@ FREE += ["tensorboard", "checkpoint"]
 def whole_step():
     """Inside, Ctrl-C and SIGTERM wait for the end, so that parameters, optimizer and files are all
     of the same step. A second one ends the process at once, which a checkpoint survives."""
-    if ranks.rank() > 0:
+    if processes.rank() > 0:
         yield  # these follow the first process
         return
     caught = []
@@ -102,7 +104,7 @@ def digest(tensors, step) -> str:
 
 def save(folder, model, optimizer, step, s):
     """trainer.safetensors and adapter/: with the settings, the whole state of a run."""
-    if ranks.rank() > 0:
+    if processes.rank() > 0:
         return
     for path in folder.glob("*.jsonl"):
         files.sync(path)  # else a power cut could leave a checkpoint without the lines before it
@@ -158,7 +160,7 @@ def begin(folder, model, optimizer, s) -> int:
     tensors, step = newest_checkpoint(folder)
     if tensors:
         put_back(tensors, model, optimizer, folder)
-    if ranks.rank() > 0:
+    if processes.rank() > 0:
         return step
     if tensors:
         cut_back(folder, step)
