@@ -1,97 +1,97 @@
-"""GRPO with token credit: rollouts, advantages, token log-probs, the loss, one update.
+"""Train by GRPO with token credit: rollouts, advantages, token log-probs, the loss, one update.
 
-What a textbook PPO has and this has not: a value model (the group's mean is the baseline), a model
-for reference (the LoRA model's base path is one), ratio and clip while a rollout is used once (what
-is trained is what sampled), and by default a KL penalty. What is left is REINFORCE:
+Four parts of PPO are gone: the value model (the group's mean is the baseline), the reference model
+(the base path is one), ratio and clip (unless a rollout is used more than once), and by default the
+KL penalty. What is left is REINFORCE:
 
     loss = - mean_i (1 / T_i) sum_t  A_i * m_it * log pi(y_it | x, y_i<t)
 
-where m, the credit of credit.py, is all that the methods differ in. Normalisers are those of the
-whole step, so that micro-batches add up to the same gradient however they are cut, and every metric
-is over all the rollouts of the step, those without a gradient included.
+where only m, the multipliers of credit.py, differs between rules. Normalisers are those of
+the whole step, so micro-batches add up to the same gradient however they are cut. Read `update`
+first: it is the whole method, in order.
 """
 
 import math
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import credit
 from eval_math import verify
-from fast.packing import Batch, make_batch, micro_batches, padding
 from lora import adapter_off, lora_parameters
-from run.metrics import diagnose, measure, step_classes
 from sample import Completions, entropy, generate, uniforms
 from system import processes
-from system.errors import UserError, out_of_memory
 
-LOGITS = 2**25  # logits in memory at a time: 128 MiB in fp32
+try:
+    import fast.packing as fast
+except ModuleNotFoundError:
+    fast = None  # one can delete fast/: it gives the same numbers in less time
+
+MAX_LOGITS = 2**25  # logits in memory at a time: 128 MiB in fp32
+ADVANTAGES = ("grpo", "rloo", "centered")
 
 
+# ---- Rollouts ------------------------------------------------------------------------------------
 @dataclass
 class Rollout:
     """The completions of a step and what they earned."""
 
-    problems: list[dict]  # P, each with the token ids of its `prompt`, and of its `negative` one
-    completions: Completions  # B = P x G rows
+    problems: list[dict]  # P, each with the token ids of its `prompt` and its `negative` prompt
+    completions: Completions  # B = P x G rows, a problem's G samples side by side
     texts: list[str]  # B
     rewards: torch.Tensor  # (P, G)
-    classes: torch.Tensor | None = None  # (B, T) the class of each token: plumbing/diagnostics.py
     noise: torch.Tensor | None = None  # (B, T) uniforms for the controls
-    seconds_verify: float = 0.0  # what the grading took
 
 
-def wanted_signals(s, compare=False) -> set[str]:
-    """The signals that the rule of these Settings reads, or with compare that any rule does."""
-    rules = credit.METHODS if compare else (s.credit,)
-    wanted = {name for rule in rules for name in credit.needs(rule)}
-    return wanted | {"ref_logp"} if s.kl > 0 else wanted
+def needed_signals(cfg, compare=False) -> set[str]:
+    """Return the signals that the rule in cfg reads, or with compare that any rule reads."""
+    rules = credit.METHODS.values() if compare else [credit.METHODS[cfg.credit]]
+    needed = {name for rule in rules for name in rule.reads}
+    return needed | {"ref_logp"} if cfg.kl_coef > 0 else needed
 
 
-def rollout(model, tokenizer, problems, s, step, compare=False) -> Rollout:
-    """Sample s.samples completions of each problem and grade them; s: the Settings of train.py.
+def sample_rollout(model, tokenizer, problems, cfg, step, compare=False) -> Rollout:
+    """Sample cfg.samples completions of each problem and grade them: 1.0 or 0.0. A problem has the
+    ids of its `prompt` and the gold `answer`; cfg: the Settings of train.py."""
+    P, G = len(problems), cfg.samples
+    prompts = [problem["prompt"] for problem in problems]
+    needed = needed_signals(cfg, compare)
+    # A rule that must see the whole step reads what the sampler saw, since no pass sees all of it.
+    from_sampler = {"hidden", "entropy"} if credit.METHODS[cfg.credit].whole_step else {"hidden"}
 
-    The sampler also keeps what rules that see the whole step read of it: they come before any pass.
-    """
-    wanted, whole = wanted_signals(s, compare), credit.METHODS[s.credit][2] is credit.STEP
-    keep = wanted & ({"entropy", "hidden"} if whole else {"hidden"})  # else entropy is of the pass
-    prompts, G = [p["prompt"] for p in problems], s.samples
-    sampling = (G, s.max_new_tokens, s.temperature, s.top_p)
-    randomness = dict(seed=s.seed, step=step)
-    stop = tokenizer.eos_ids
-    c = generate(model, prompts, *sampling, eos_ids=stop, keep=keep, **randomness)
-    texts = c.texts(tokenizer)
-    golds, started = [p["answer"] for p in problems for _ in range(G)], time.perf_counter()
-    rewards = [float(verify(text, gold)) for text, gold in zip(texts, golds, strict=True)]
-    rewards = torch.tensor(rewards).view(len(prompts), G)
-    T = c.tokens.shape[1]
-    seconds = time.perf_counter() - started
-    r = Rollout(problems, c, texts, rewards, step_classes(c, tokenizer), seconds_verify=seconds)
-    if "noise" in wanted:  # streams of their own: those of samples -1, -2, ..., else unused
-        noise = [uniforms(s.seed, step, p, -1 - i, T) for p in prompts for i in range(G)]
-        r.noise = torch.from_numpy(np.stack(noise))
-    return r
+    # 1) Sample. Each process writes the completions of its share of the prompts.
+    mine = processes.share(range(P))
+    limits = (cfg.max_new_tokens, cfg.temperature, cfg.top_p)
+    keyed = dict(eos_ids=tokenizer.eos_ids, seed=cfg.seed, step=step, keep=needed & from_sampler)
+    own = generate(model, [prompts[i] for i in mine], G, *limits, **keyed)
+    completions = processes.gather(own, [i * G + j for i in mine for j in range(G)], P * G)
+
+    # 2) Grade.
+    texts = completions.texts(tokenizer)
+    golds = [problem["answer"] for problem in problems for _ in range(G)]
+    verdicts = [float(verify(text, gold)) for text, gold in zip(texts, golds, strict=True)]
+
+    # 3) The controls' noise: the streams of samples -1, -2, ..., which nothing else uses.
+    noise = None
+    if "noise" in needed:
+        T = completions.tokens.shape[1]
+        streams = [uniforms(cfg.seed, step, p, -1 - i, T) for p in prompts for i in range(G)]
+        noise = torch.from_numpy(np.stack(streams))
+    return Rollout(problems, completions, texts, torch.tensor(verdicts).view(P, G), noise)
 
 
 # ---- Advantages ----------------------------------------------------------------------------------
-
-
-def has_spread(rewards):
-    """rewards (P, G) -> (P,): whether a group's rewards differ; if not, it teaches nothing."""
-    return (rewards != rewards[:, :1]).any(dim=1)
-
-
 def group_advantages(rewards, kind="grpo"):
-    """rewards (P, G) -> advantages (P, G), each completion against its group.
+    """Compare each completion with its group: rewards (P, G) -> advantages (P, G).
 
     grpo: (r - mean) / std with the unbiased std (arXiv 2402.03300, section 4.1.2); rloo: r - mean
     of the others (arXiv 2402.14740); centered: r - mean (Dr. GRPO, arXiv 2503.20783). A group whose
-    rewards are all equal says nothing: its advantages are exactly 0.
+    rewards are all equal says nothing: its advantages are exactly 0. ValueError on another kind.
     """
     G = rewards.shape[1]
     centered = rewards - rewards.mean(dim=1, keepdim=True)
@@ -102,15 +102,78 @@ def group_advantages(rewards, kind="grpo"):
     elif kind == "centered":
         advantages = centered
     else:
-        raise UserError(f"no advantage {kind!r}: use one of grpo, rloo, centered")
-    return torch.where(has_spread(rewards)[:, None], advantages, 0.0)
+        raise ValueError(f"no advantage {kind!r}: use one of {', '.join(ADVANTAGES)}")
+    has_spread = (rewards != rewards[:, :1]).any(dim=1, keepdim=True)  # (P, 1)
+    return torch.where(has_spread, advantages, 0.0)
 
 
-# ---- Token log-probs -----------------------------------------------------------------------------
+# ---- Micro-batches -------------------------------------------------------------------------------
+@dataclass
+class Batch:
+    """Some rows of a rollout, ready for a forward pass, on the model's device.
+
+    Prompt 5 6 with the completion 7 8 9, and prompt 4 with the completion 3 9, as pad_rows lays
+    them out. The state at the last token of a prompt predicts the first token of the completion;
+    the last token of a completion is a target, never an input:
+
+        ids          5 6 7 8      targets   7 8 9     predicts   1 2 3     (places in ids,
+                     4 3 0 0                3 9 0                4 5 0      row after row)
+    """
+
+    ids: torch.Tensor  # what the model reads
+    packed: object  # who sees whom in it: None (rows, causal attention) or fast.packing.Packed
+    predicts: torch.Tensor  # (b, T) which place in ids predicts each target; 0 on padding
+    targets: torch.Tensor  # (b, T) the completions
+    mask: torch.Tensor  # (b, T) bool, True on completion tokens; from lengths, never from ids
+    sampled_logps: torch.Tensor  # (b, T) what the sampler said
 
 
+def make_batch(rollout: Rollout, rows, device, prompt="prompt") -> Batch:
+    """Return the given rows (b,) of a rollout as a Batch, after the problems' `prompt`."""
+    c = rollout.completions
+    lengths = c.lengths[rows]
+    T = int(lengths.max())
+    targets = c.tokens[rows, :T]
+    mask = torch.arange(T) < lengths[:, None]
+    problems, group = (rows // rollout.rewards.shape[1]).unique(return_inverse=True)
+    prompts = [torch.tensor(rollout.problems[i][prompt]) for i in problems.tolist()]
+    ids, predicts, packed = lay_out(prompts, group, targets, lengths, device)
+    sampled_logps = c.logps[rows, :T].to(device)
+    return Batch(ids, packed, predicts, targets.to(device), mask.to(device), sampled_logps)
+
+
+def pad_rows(prompts, group, targets, lengths, device):
+    """Lay out each completion behind its own copy of its prompt, prompts[group[i]], right-padded.
+
+    Returns ids (b, S), the flat place in ids that predicts each token (b, T), and None: rows need
+    nothing but causal attention. fast/packing.py's `pack` reads a prompt once, without padding.
+    """
+    begins = [prompts[i] for i in group.tolist()]
+    rows = [torch.cat([x, y[: n - 1]]) for x, y, n in zip(begins, targets, lengths, strict=True)]
+    ids = pad_sequence(rows, batch_first=True)  # (b, S)
+    last = torch.tensor([len(prompt) - 1 for prompt in begins])  # (b,)
+    columns = torch.arange(targets.shape[1])
+    predicts = (torch.arange(len(rows)) * ids.shape[1] + last)[:, None] + columns
+    predicts = predicts * (columns < lengths[:, None])
+    return ids.to(device), predicts.to(device), None
+
+
+def split_rows(rollout: Rollout, chosen, budget):
+    """Cut the chosen rows (B,), by length, into micro-batches of at most `budget` tokens, or one
+    row; fast/packing.py's `micro_batches` finds the cheapest cut."""
+    lengths = rollout.completions.lengths
+    rows = [row for row in lengths.argsort().tolist() if chosen[row]]
+    width = max(len(problem["prompt"]) for problem in rollout.problems) + int(lengths.max())
+    return list(torch.tensor(rows, dtype=torch.long).split(max(1, budget // width))) if rows else []
+
+
+# The one line at which fast/ is entered; it replaces the two functions above.
+lay_out, split = (fast.pack, fast.micro_batches) if fast else (pad_rows, split_rows)
+
+
+# ---- Signals of a micro-batch --------------------------------------------------------------------
 def token_logps(model, hidden, targets, temperature=1.0, chunk=None):
-    """hidden (N, D), targets (N,) -> log pi(target) (N,), and the entropy of pi (N,), fp32 nats.
+    """Return log pi(target) (N,) and the entropy of pi (N,), fp32 nats, at states hidden (N, D).
 
     The head runs on a chunk of tokens at a time; of several, the (chunk, V) logits are made again
     in the backward pass instead of kept. (A loop over chunks without the checkpoint keeps every
@@ -124,73 +187,63 @@ def token_logps(model, hidden, targets, temperature=1.0, chunk=None):
             uncertainty = entropy(logps)
         return logps.gather(-1, y[:, None])[:, 0], uncertainty
 
-    chunk = chunk or max(1, LOGITS // model.config.vocab_size)
+    chunk = chunk or max(1, MAX_LOGITS // model.config.vocab_size)
+    run = head if len(targets) <= chunk else partial(checkpoint, head, use_reentrant=False)
     pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    keeps = head if len(targets) <= chunk else partial(checkpoint, head, use_reentrant=False)
-    parts = [keeps(h, y) for h, y in pairs]
+    parts = [run(h, y) for h, y in pairs]
     logps, entropies = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(entropies)
 
 
-def predicting_states(model, b: Batch, layer="final"):
-    """The states that predict the completion tokens (b, T, D), and a list of those that ARCA
-    compares: after the final norm (`final`), before it (`prenorm`) or after each block (`sum`).
+def hidden_at_targets(model, batch: Batch):
+    """Return the states that predict the completion tokens (b, T, D), fp32."""
+    hidden = model(batch.ids, batch.packed).flatten(0, 1)
+    states = hidden.index_select(0, batch.predicts.flatten())
+    return states.unflatten(0, batch.predicts.shape)
 
-    A prompt is read once for all its completions; its last state predicts their first tokens.
+
+def completion_logps(model, batch: Batch, states, temperature):
+    """Return log-prob and entropy at the completion tokens: two (b, T), 0 on padding."""
+    mask = batch.mask
+    logps, entropies = token_logps(model, states[mask], batch.targets[mask], temperature)
+    zeros = torch.zeros(mask.shape, device=logps.device)
+    return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropies)
+
+
+def score(model, rollout: Rollout, rows, needed, cfg):
+    """Run the forward passes over some rows that the needed signals require.
+
+    Returns the Batch, its log-probs (b, T) with gradient, and a dict of signals (b, T) without:
+    logp and entropy always, and of residual, ref_logp and neg_logp those that are needed.
     """
-    blocks = [] if layer != "final" else None
-    hidden = model(b.ids, b.packed, blocks)  # (1, N, D)
+    # 1) The adapted path: the pass that trains.
+    batch = make_batch(rollout, rows, model.device)
+    states = hidden_at_targets(model, batch)  # (b, T, D)
+    logps, entropies = completion_logps(model, batch, states, cfg.temperature)
+    found = dict(logp=logps.detach(), entropy=entropies)
 
-    def at_targets(x):  # (1, N, D) -> (b, T, D)
-        return x[0].index_select(0, b.before.flatten()).unflatten(0, b.before.shape)
+    # 2) The base path: the same tokens, shapes and kernels, so that LoRA's B = 0 gives
+    # exactly 0. This is ARCA: how far the adapter moves the predicting state.
+    with torch.no_grad(), adapter_off(model):
+        if "residual" in needed or "ref_logp" in needed:
+            base = hidden_at_targets(model, batch)
+        if "residual" in needed:  # ||h_adapted - h_base||_2
+            found["residual"] = (states.detach() - base).norm(dim=-1) * batch.mask
+        if "ref_logp" in needed:
+            found["ref_logp"], _ = completion_logps(model, batch, base, cfg.temperature)
 
-    states = at_targets(hidden)
-    if layer == "final":
-        return states, [states.detach()]
-    compared = [at_targets(x).detach().float() for x in blocks]
-    return states, compared if layer == "sum" else compared[-1:]
-
-
-def on_tokens(model, b: Batch, states, temperature):
-    """Log-prob and entropy at the completion tokens: two (b, T), 0 on padding."""
-    logps, entropies = token_logps(model, states[b.mask], b.targets[b.mask], temperature)
-    zeros = torch.zeros(b.mask.shape, device=logps.device)
-    return zeros.masked_scatter(b.mask, logps), zeros.masked_scatter(b.mask, entropies)
-
-
-def signals(model, r: Rollout, rows, wanted, s):
-    """The Batch of these rows, their log-probs (b, T) with the gradient, and a dict of the wanted
-    signals that the model knows.
-
-    The adapted states are those of the training pass itself. The base ones come from one more pass,
-    under adapter_off: same tokens, same shapes, same kernels, so that B = 0 gives exactly 0 and no
-    rounding passes for credit.
-    """
-    b = make_batch(r, rows, model.device)
-    states, adapted = predicting_states(model, b, s.arca_layer)  # (b, T, D)
-    logps, uncertainty = on_tokens(model, b, states, s.temperature)
-    found = dict(logp=logps.detach(), entropy=uncertainty)
-    if {"residual", "ref_logp"} & wanted:
-        with torch.no_grad(), adapter_off(model):
-            states, base = predicting_states(model, b, s.arca_layer)
-            if "ref_logp" in wanted:
-                found["ref_logp"], _ = on_tokens(model, b, states, s.temperature)
-            if "residual" in wanted:  # ARCA's: how far the adapter moves the predicting state
-                gaps = [(x - y).norm(dim=-1) for x, y in zip(adapted, base, strict=True)]
-                found["residual"] = sum(gaps) * b.mask  # ||h_adapted - h_base||_2
-    if "neg_logp" in wanted:
+    # 3) The negative prompt: the same completions after another text.
+    if "neg_logp" in needed:
         with torch.no_grad():
-            other = make_batch(r, rows, model.device, "negative")
-            states, _ = predicting_states(model, other)
-            found["neg_logp"], _ = on_tokens(model, other, states, s.temperature)
-    return b, logps, found
+            negative = make_batch(rollout, rows, model.device, "negative")
+            states = hidden_at_targets(model, negative)
+            found["neg_logp"], _ = completion_logps(model, negative, states, cfg.temperature)
+    return batch, logps, found
 
 
-# ---- The loss and the update ---------------------------------------------------------------------
-
-
+# ---- The loss ------------------------------------------------------------------------------------
 def policy_objective(logps, advantages, old_logps=None, clip_low=0.2, clip_high=0.28):
-    """What a token adds to the objective that is maximised, elementwise.
+    """Return what a token adds to the objective that is maximised, elementwise.
 
     Without old log-probs A log pi, whose gradient is the policy gradient. With them PPO's min(ratio
     A, clip(ratio, 1 - low, 1 + high) A) (arXiv 1707.06347, eq. 7; two bounds: arXiv 2503.14476).
@@ -203,135 +256,132 @@ def policy_objective(logps, advantages, old_logps=None, clip_low=0.2, clip_high=
 
 
 def kl_k3(logps, ref_logps):
-    """Schulman's k3 of KL(pi || ref) at samples of pi: r - 1 - log r with r = ref / pi. As a loss
-    its expected gradient is that of KL(ref || pi); GRPO's paper uses it so (arXiv 2402.03300)."""
+    """Return Schulman's k3 estimate, nats, of KL(pi || ref) at samples of pi, elementwise.
+
+    It is r - 1 - log r with r = ref / pi. As a loss its expected gradient is that of KL(ref || pi);
+    GRPO's paper uses it so (arXiv 2402.03300).
+    """
     log_ratio = ref_logps - logps
     return log_ratio.exp() - 1 - log_ratio
 
 
-def clip_gradients(parameters, limit):
-    """Scale the gradients so that their joint L2 norm is at most `limit`; returns what it was."""
-    norm = torch.stack([p.grad.norm() for p in parameters]).norm()
-    for p in parameters:
-        p.grad.mul_((limit / norm).clamp(max=1))
-    return norm.item()
+def token_loss(logps, advantages, batch: Batch, ref_logps, cfg):
+    """Return each token's loss (b, T) at advantages (b, T), before it is weighted and masked."""
+    old_logps = batch.sampled_logps if cfg.epochs_per_rollout > 1 else None
+    clip = (cfg.clip_eps_low, cfg.clip_eps_high)
+    objective = policy_objective(logps, advantages, old_logps, *clip)
+    if cfg.kl_coef > 0:
+        objective = objective - cfg.kl_coef * kl_k3(logps, ref_logps)
+    return -objective
 
 
-def given_signals(r: Rollout, advantages) -> credit.Signals:
-    """The signals of a step (B, T) that need no pass: what the sampler saw, and what follows."""
-    c = r.completions
+# ---- The update ----------------------------------------------------------------------------------
+FOUND = ("logp", "entropy", "ref_logp", "residual", "neg_logp")  # the signals that passes find
+
+
+def sampled_signals(rollout: Rollout, advantages) -> credit.Signals:
+    """Return the signals of a step (B, T) that need no pass: most are what the sampler saw."""
+    c = rollout.completions
     mask = torch.arange(c.tokens.shape[1]) < c.lengths[:, None]
-    group = torch.arange(len(mask)) // r.rewards.shape[1]
-    known = credit.Signals(mask, c.logps, c.entropy, hidden=c.hidden, noise=r.noise)
-    return replace(known, advantage=advantages, group=group)
+    group = torch.arange(len(mask)) // rollout.rewards.shape[1]
+    sampled = dict(logp=c.logps, entropy=c.entropy, hidden=c.hidden, noise=rollout.noise)
+    return credit.Signals(mask, advantage=advantages, group=group, **sampled)
 
 
-def at_rows(known: credit.Signals, rows, b: Batch, names) -> credit.Signals:
-    """The named signals of some rows of the step, on the batch's device and of its width."""
-    here = {name: getattr(known, name)[rows] for name in names if getattr(known, name) is not None}
-    here = {n: x[:, : b.mask.shape[1]] if x.ndim > 1 else x for n, x in here.items()}
-    return credit.Signals(b.mask, **{name: x.to(b.mask.device) for name, x in here.items()})
+def with_room(signals: credit.Signals, needed):
+    """Return the signals with zeros (B, T) for those that passes will find."""
+    names = {"logp", "entropy"} | needed.intersection(FOUND)
+    return replace(signals, **{name: torch.zeros(signals.mask.shape) for name in names})
 
 
-def add_gradient(model, r: Rollout, rows, known, m, per_row, s, wanted):
-    """Add the gradient of these rows' share of the step's loss; returns that share and what became
-    known of their tokens.
+def fill_in(signals: credit.Signals, rows, found):
+    """Write what was found of some rows (b, T) into the signals of the step."""
+    for name, x in found.items():
+        getattr(signals, name)[rows, : x.shape[1]] = x.cpu()
 
-    known holds the signals of the whole step that need no pass, and m (B, T) the multipliers if the
-    rule needs no others, else None. per_row (B,) is what each token of a row counts.
+
+def clip_and_step(optimizer, parameters, loss, cfg):
+    """Add up the processes' gradients, clip them to a joint norm of cfg.max_grad_norm, and step;
+    return the norm before clipping. If it or the loss is not finite, the parameters stay."""
+    for p in parameters:
+        if p.grad is None:  # no rows for this process
+            p.grad = torch.zeros_like(p)
+    processes.add_up([p.grad for p in parameters])
+    norm = clip_grad_norm_(parameters, cfg.max_grad_norm).item()
+    if math.isfinite(norm) and math.isfinite(loss):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def update(model, optimizer, rollout: Rollout, advantages, cfg, compare=False):
+    """Make cfg.epochs_per_rollout optimizer steps on a rollout, with advantages (B,).
+
+    Returns the metrics (loss of the first epoch, grad_norm of the last, skipped: 1 if a gradient
+    was not finite and left the parameters alone, kl if it is penalised), the step's Signals and its
+    multipliers (B, T). With compare all rules' signals are found; no optimizer: nothing is trained.
     """
-    b, logps, found = signals(model, r, rows, wanted, s)
-    here = at_rows(known, rows, b, {"advantage", *(credit.needs(s.credit) if m is None else ())})
-    if m is None:
-        m = credit.token_weights(s.credit, replace(here, **found), s.sharpening)  # (b, T)
-    else:
-        m = m[rows, : b.mask.shape[1]].to(b.mask.device)
-    old_logps = b.sampled_logps if s.updates > 1 else None
-    token_advantages = here.advantage[:, None] * m
-    gain = policy_objective(logps, token_advantages, old_logps, s.clip_low, s.clip_high)
-    if s.kl > 0:
-        gain = gain - s.kl * kl_k3(logps, found["ref_logp"])
-    loss = -(gain * b.mask * per_row[rows, None].to(m.device)).sum()
-    loss.backward()
-    return loss.item(), found
+    parameters = list(lora_parameters(model).values())
+    needed = needed_signals(cfg, compare)
+    metrics = dict(loss=0.0, grad_norm=0.0, skipped=0)
+    # The weight of a token: 1 / (B T_i) (seq), or 1 / all tokens of the step (token).
+    lengths = rollout.completions.lengths
+    row_weight = torch.ones(len(lengths)) / lengths.sum()  # (B,)
+    if cfg.aggregate == "seq":
+        row_weight = 1 / (len(lengths) * lengths)
 
+    # 1. A rule that must see the whole step gives its multipliers before any pass.
+    signals = sampled_signals(rollout, advantages)
+    whole_step = credit.METHODS[cfg.credit].whole_step
+    if whole_step:
+        multipliers = credit.token_weights(cfg.credit, signals, cfg.sharpening)  # (B, T)
+    signals = with_room(signals, needed)
 
-def to_be_found(known, wanted):
-    """By name, the signals that passes tell of, as yet 0 (B, T)."""
-    names = {"logp", "entropy"} | wanted & {"ref_logp", "residual", "neg_logp"}
-    return {name: torch.zeros(known.mask.shape) for name in sorted(names)}
+    # 2. Rows of advantage 0, such as a group without spread, have no gradient: only measure them.
+    has_gradient = (advantages != 0) | (cfg.kl_coef > 0)  # (B,)
+    has_gradient &= optimizer is not None
+    for rows in processes.share(split(rollout, ~has_gradient, cfg.micro_batch_tokens)):
+        with torch.no_grad():
+            _, _, found = score(model, rollout, rows, needed, cfg)
+        fill_in(signals, rows, found)
 
-
-def go_over(model, r: Rollout, groups, learn, known, m, per_row, s, wanted, found):
-    """Note in `found` (B, T) what passes over these micro-batches tell of their tokens, and if they
-    are to learn add their gradient; returns their share of the loss.
-
-    If memory runs out, all of it is done again with each micro-batch in two, which changes nothing.
-    """
-    loss = 0.0
-    try:
-        for rows in groups:
-            if learn:
-                part_loss, part = add_gradient(model, r, rows, known, m, per_row, s, wanted)
-                loss += part_loss
+    for epoch in range(cfg.epochs_per_rollout if has_gradient.any() else 0):
+        # 3. One micro-batch at a time: score it, share its credit out, add its gradient.
+        loss = torch.zeros(1)
+        for rows in processes.share(split(rollout, has_gradient, cfg.micro_batch_tokens)):
+            batch, logps, found = score(model, rollout, rows, needed, cfg)
+            here = replace(signals.rows(rows, batch.mask.shape[1], model.device), **found)
+            if whole_step:
+                m = multipliers[rows, : batch.mask.shape[1]].to(model.device)
             else:
-                with torch.no_grad():
-                    _, _, part = signals(model, r, rows, wanted, s)
-            for name in found:
-                found[name][rows, : part[name].shape[1]] = part[name].cpu()
-        return loss
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error) or all(len(rows) == 1 for rows in groups):
-            raise
-    model.zero_grad(set_to_none=True)
-    s.micro_tokens = max(1, s.micro_tokens // 2)
-    tqdm.write(f"out of memory: once more, and from now on with --micro-tokens {s.micro_tokens}")
-    halves = [half for rows in groups for half in rows.chunk(2)]
-    return go_over(model, r, halves, learn, known, m, per_row, s, wanted, found)
+                m = credit.token_weights(cfg.credit, here, cfg.sharpening)
+            token_advantages = here.advantage[:, None] * m  # (b, T): all that the methods differ in
+            losses = token_loss(logps, token_advantages, batch, here.ref_logp, cfg)
+            batch_loss = (losses * batch.mask * row_weight[rows, None].to(model.device)).sum()
+            batch_loss.backward()
+            loss += batch_loss.item()
+            if epoch == 0:  # the metrics are those of the policy that sampled
+                fill_in(signals, rows, found)
 
-
-def update(model, optimizer, r: Rollout, advantages, s, compare=False):
-    """Train s.updates times on a rollout, advantages (B,); returns the metrics, the signals of the
-    step and its multipliers (B, T).
-
-    A gradient that is not finite leaves the parameters as they are (`skipped` is then 1). With
-    compare the signals that any rule reads are computed, and the rules are compared.
-    """
-    parameters, lengths = list(lora_parameters(model).values()), r.completions.lengths
-    wanted = wanted_signals(s, compare)
-    # The normalisers of the whole step: a completion counts 1 / B, or a token 1 / all tokens.
-    seq, token = 1 / (len(lengths) * lengths), torch.ones(len(lengths)) / lengths.sum()
-    per_row = seq if s.aggregate == "seq" else token
-    known, m = given_signals(r, advantages), None
-    if credit.METHODS[s.credit][2] is credit.STEP:  # from what the sampler saw, before any pass
-        m = credit.token_weights(s.credit, known, s.sharpening)
-    found = to_be_found(known, wanted)
-    metrics, learns = dict(loss=0.0, grad_norm=0.0, skipped=0), (advantages != 0) | (s.kl > 0)
-    s.micro_tokens = processes.least(s.micro_tokens)  # another process may have run out of memory
-    groups = [micro_batches(r, chosen, s.micro_tokens) for chosen in (learns, ~learns)]
-    learning, only_measured = (group[processes.rank() :: processes.world()] for group in groups)
-    rest = (known, m, per_row, s, wanted)
-    go_over(model, r, only_measured, False, *rest, found)
-    for turn in range(s.updates if learns.any() else 0):
-        # The metrics are those of the policy that sampled: of the first turn.
-        loss = torch.tensor([go_over(model, r, learning, True, *rest, {} if turn else found)])
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # no rows for this process
-        processes.add_up([p.grad for p in parameters])
+        # 4. Clip and step, or skip a gradient that is not finite.
         processes.add_up([loss])
-        metrics["loss"] = metrics["loss"] if turn else loss.item()
-        metrics["grad_norm"] = clip_gradients(parameters, s.grad_clip)
-        if math.isfinite(metrics["grad_norm"]) and math.isfinite(metrics["loss"]):
-            optimizer.step()
-        else:
+        norm = clip_and_step(optimizer, parameters, loss.item(), cfg)
+        metrics["loss"] = metrics["loss"] if epoch else loss.item()
+        metrics["grad_norm"] = norm
+        if not math.isfinite(norm + loss.item()):
             metrics["skipped"] = 1
-        optimizer.zero_grad(set_to_none=True)
-    processes.add_up(list(found.values()))
-    known = replace(known, **found)
-    if m is None:
-        m = credit.token_weights(s.credit, known, s.sharpening)
-    if s.kl > 0:
-        metrics["kl"] = kl_k3(known.logp, known.ref_logp)[known.mask].mean().item()
-    metrics |= measure(r, known, has_spread(r.rewards)) | diagnose(r, known, m, per_row, s, compare)
-    metrics["padding"] = padding(r, groups[0] + groups[1])
-    return metrics, known, m
+
+    # 5. What is now known of all tokens of the step, whichever process found it.
+    parts = [getattr(signals, name) for name in FOUND]
+    processes.add_up([x for x in parts if x is not None])
+    if not whole_step:  # the same as above, for all rows
+        multipliers = credit.token_weights(cfg.credit, signals, cfg.sharpening)
+    if cfg.kl_coef > 0:
+        metrics["kl"] = kl_k3(signals.logp, signals.ref_logp)[signals.mask].mean().item()
+    return metrics, signals, multipliers
+
+
+def measure_signals(model, rollout: Rollout, advantages, cfg) -> credit.Signals:
+    """Return every signal that any rule reads, of all completions; train nothing."""
+    _, signals, _ = update(model, None, rollout, advantages, cfg, compare=True)
+    return signals

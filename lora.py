@@ -1,9 +1,9 @@
 """LoRA (arXiv 2106.09685, eq. 3): y = W x + (alpha / r) B A x. W is frozen, A and B are trained.
 
-The layer keeps the two terms apart, so one set of weights is two models: the adapted one, and under
-`adapter_off(model)` the base one, bit for bit. ARCA's residual, the policy divergence and the KL
-penalty all turn that switch; no reference model is copied, and nothing is merged into W.
-Adapters are read and written in PEFT's format (adapter_config.json, adapter_model.safetensors).
+The layer keeps the two terms apart, so one set of weights is two models: the adapted one and, under
+`adapter_off(model)`, the base one, bit for bit. ARCA's residual, the policy divergence and the KL
+penalty all turn that switch. No reference model is copied. This file imports nothing of ours and
+can be copied out alone; hf/peft.py reads and writes adapters in PEFT's format.
 """
 
 import math
@@ -13,68 +13,71 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from system.errors import UserError
-
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its correction; A and B are fp32, the products in x's dtype."""
+    """A frozen linear layer and its correction. A (r, D_in) and B (D_out, r) are fp32; products use
+    the dtype of x."""
 
-    def __init__(self, base: nn.Linear, rank, alpha, dropout=0.0, rslora=False):
+    def __init__(self, base: nn.Linear, rank, alpha):
         super().__init__()
-        self.base, self.rank, self.alpha, self.rslora = base, rank, alpha, rslora
-        self.scale = alpha / (math.sqrt(rank) if rslora else rank)  # rsLoRA: arXiv 2312.03732
+        self.base, self.rank, self.alpha = base, rank, alpha
+        self.scale = alpha / rank
         place = dict(device=base.weight.device, dtype=torch.float32)
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **place)  # (r, D_in)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **place)  # (D_out, r)
-        self.dropout = nn.Dropout(dropout)  # in train() mode only, and all runs here are in eval()
-        self.on = True
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **place)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **place)
+        self.on = True  # adapter_off turns it to False
 
     def forward(self, x):
         if not self.on:
             return self.base(x)
-        A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
+        A = self.lora_A.weight.to(x.dtype)
+        B = self.lora_B.weight.to(x.dtype)
         rows = x.flatten(0, -2)  # (N, D_in)
-        low = F.linear(self.dropout(rows) if self.training else rows, A)  # (N, r)
+        low = F.linear(rows, A)  # (N, r)
         y = self.base(rows).addmm_(low, B.T, alpha=self.scale)  # (N, D_out)
         return y.view(*x.shape[:-1], -1)
 
 
 def lora_layers(model) -> dict[str, LoRALinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    """Return the LoRA layers of a model by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
 def lora_parameters(model) -> dict[str, nn.Parameter]:
-    """What is trained, by name: model.layers.0.mlp.up_proj.lora_A.weight, ..."""
+    """Return the trained parameters by name: model.layers.0.mlp.up_proj.lora_A.weight, ..."""
     return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
 def linear_layers(model) -> list[str]:
-    """The names of the layers that can be adapted: all but the head."""
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers." in n]
+    """Return the names of the layers that can be adapted: all linear ones but the head."""
+    modules = model.named_modules()
+    return [name for name, m in modules if isinstance(m, nn.Linear) and "layers." in name]
 
 
-def attach(model, names, rank, alpha, dropout=0.0, rslora=False):
-    """Freeze the model and put a LoRA layer in the place of each named linear layer."""
+def attach(model, names, rank, alpha):
+    """Freeze the model and put a LoRA layer in the place of each named linear layer; the caller
+    sets A and B."""
     model.requires_grad_(False)
     for name in names:
-        layer = LoRALinear(model.get_submodule(name), rank, alpha, dropout, rslora)
+        layer = LoRALinear(model.get_submodule(name), rank, alpha)
         model.set_submodule(name, layer)
 
 
-def add_lora(model, rank, alpha, targets=ALL_LINEAR, dropout=0.0, seed=0):
-    """Freeze `model` and adapt each linear layer with a last name in `targets`; returns the model.
+def add_lora(model, rank, alpha, targets=ALL_LINEAR, seed=0):
+    """Freeze the model and adapt each linear layer whose last name is a target; return the model.
 
     B is 0, so the adapted model starts as the base one. A is normal with variance 1 / D_in and
-    comes from `seed` alone. UserError on a rank below 1, or a target that the model has not.
+    depends on the seed alone. ValueError if the rank is below 1 or the model has no such target.
     """
-    found = [name for name in linear_layers(model) if name.split(".")[-1] in targets]
-    if absent := set(targets) - {name.split(".")[-1] for name in found}:
-        raise UserError(f"no linear layer is called {min(absent)}: targets are {ALL_LINEAR}")
     if rank < 1:
-        raise UserError(f"LoRA rank {rank} is below 1: use --rank 1 or more")
-    attach(model, found, rank, alpha, dropout)
+        raise ValueError(f"LoRA rank {rank} is below 1")
+    names = [name for name in linear_layers(model) if name.split(".")[-1] in targets]
+    absent = set(targets) - {name.split(".")[-1] for name in names}
+    if absent:
+        raise ValueError(f"no linear layer is called {min(absent)}: targets are {ALL_LINEAR}")
+    attach(model, names, rank, alpha)
     rng = torch.Generator().manual_seed(seed)  # on the CPU: every device starts from the same A
     for layer in lora_layers(model).values():
         A = torch.randn(layer.lora_A.weight.shape, generator=rng)
@@ -85,7 +88,7 @@ def add_lora(model, rank, alpha, targets=ALL_LINEAR, dropout=0.0, seed=0):
 
 @contextmanager
 def adapter_off(model):
-    """The base path: inside, each LoRA layer is its frozen base layer; then all is as before."""
+    """Run the base model: inside, LoRA layers act as their frozen layers; after it, as before."""
     before = [(layer, layer.on) for layer in lora_layers(model).values()]
     try:
         for layer, _ in before:

@@ -1,9 +1,9 @@
-"""The decoding step of the sampler, fast: one token a row. One need not read it to understand the
-rest, for it computes what Qwen3.forward does with a cache, and tests hold the two together.
+"""The sampler's decoding step in less time: one token a row, the same states as PlainDecoder.
 
-At this size the calls cost more than the arithmetic. So layers that read the same input are one
-product, and so are their adapters; in a small fp32 model they are in it. A GPU, which takes longer
-to launch a thousand kernels than to run them, captures the step as a CUDA graph and replays it.
+At this size the calls cost more than the arithmetic. So linear layers that read the same input
+become one product, and so do their adapters; in a small fp32 model the adapters are added into a
+copy of the weights. A GPU takes longer to launch a thousand kernels than to run them, so there the
+step is captured as a CUDA graph and replayed. Tests hold all of it to Qwen3.forward.
 """
 
 import torch
@@ -12,179 +12,211 @@ import torch.nn.functional as F
 from lora import LoRALinear
 from model import KVCache, rms_norm, rotary, rotate
 
-SMALL = 2**24  # parameters, up to which the sampler keeps a copy of the weights with the adapter in
+MAX_MERGED = 2**24  # parameters up to which the sampler keeps a copy of the weights, adapters added
 
 
-def base(layer):
+def kept_decoder(model, rows, columns):
+    """Return the model's decoder, ready for an empty pool, with at least this much room.
+
+    It is kept on the model between calls for its stacked weights and captured graphs. While it is
+    in use nobody else gets it: a second sampler of the model builds its own.
+    """
+    decoder = model.__dict__.pop("kept_decoder", None)
+    if decoder is None or not decoder.has_room(rows, columns):
+        decoder = Decoder(model, rows, columns)
+    decoder.refresh()
+    return decoder
+
+
+# ---- Linear layers that read the same input ------------------------------------------------------
+def base_of(layer):
     return layer.base if isinstance(layer, LoRALinear) else layer
 
 
-def merged(layer):
-    """The weight of a linear layer with its adapter, if it has one that is on."""
-    if base(layer) is layer or not layer.on:
-        return base(layer).weight
+def merged_weight(layer):
+    """Return the weight of a linear layer, with its adapter if it has one that is on."""
+    if base_of(layer) is layer or not layer.on:
+        return base_of(layer).weight
     return layer.base.weight + layer.scale * layer.lora_B.weight @ layer.lora_A.weight
 
 
 class Stack:
-    """Linear layers that read the same input as one: x (b, D) -> (b, all their outputs)."""
+    """Linear layers that read the same input, as one: x (b, D) -> (b, all their outputs)."""
 
-    weight = None
+    weight = None  # (outputs, D); with adapters kept apart (outputs + ranks, D)
 
     def merge(self, layers):
-        """Copy the layers' weights, the adapters added: exact to fp32's rounding. In bf16 a young
-        adapter would be rounded away, and a large model is not worth a copy."""
-        self.weight = torch.cat([merged(layer) for layer in layers])
-        self.scale, self.out = None, len(self.weight)
-        plain = [base(layer) for layer in layers]
-        self.bias = None if plain[0].bias is None else torch.cat([x.bias for x in plain])
+        """Copy the layers' weights, the adapters added: exact to fp32's rounding. (In bf16 a young
+        adapter would be rounded away, and a large model is not worth a copy.)"""
+        biases = [base_of(layer).bias for layer in layers]
+        self.weight = torch.cat([merged_weight(layer) for layer in layers])
+        self.bias = None if biases[0] is None else torch.cat(biases)
+        self.outputs = len(self.weight)
+        self.scale = None  # no adapters beside the weight
 
-    def fill(self, layers):
-        """Take the layers' weights, once, and their adapters, which change between rollouts.
-        Returns whether tensors have moved."""
-        plain = [base(layer) for layer in layers]
-        first, sizes = plain[0], [layer.out_features for layer in plain]
-        on = [x for x in layers if isinstance(x, LoRALinear) and x.on]
-        self.scale, self.out = on[0].scale if on else None, sum(sizes)
-        low = sum(x.rank for x in on)
-        moved = self.weight is None or self.weight.data_ptr() != first.weight.data_ptr()
-        if moved := moved or len(self.weight) < self.out + low:
-            none = first.weight.new_empty(low, first.in_features)
-            self.weight = torch.cat([*(layer.weight for layer in plain), none])
-            self.bias = None if first.bias is None else torch.cat([x.bias for x in plain])
-            self.B = first.weight.new_empty(low, self.out)
-            for layer, part in zip(plain, self.weight.split([*sizes, low])[:-1], strict=True):
-                layer.weight.data = part  # a view of the stack, so nothing is held twice
-        if on:  # in place: captured graphs read them there
-            self.weight[self.out : self.out + low] = torch.cat([x.lora_A.weight for x in on])
-            blank = first.weight.new_empty(0)
-            B = [x.lora_B.weight if x in on else blank.view(x.out_features, 0) for x in layers]
-            self.B.copy_(torch.block_diag(*B).T)
+    def refill(self, layers):
+        """Stack the layers' weights, once, and copy in their adapters, which change every step;
+        return whether tensors have moved in memory."""
+        bases = [base_of(layer) for layer in layers]
+        active = [layer for layer in layers if isinstance(layer, LoRALinear) and layer.on]
+        ranks = sum(layer.rank for layer in active)
+        self.outputs = sum(base.out_features for base in bases)
+        self.scale = active[0].scale if active else None
+        moved = self.weight is None or self.weight.data_ptr() != bases[0].weight.data_ptr()
+        moved = moved or len(self.weight) < self.outputs + ranks
+        if moved:
+            self.stack(bases, ranks)
+        if active:  # in place: captured graphs read them there
+            A = torch.cat([layer.lora_A.weight for layer in active])  # (ranks, D)
+            self.weight[self.outputs : self.outputs + ranks] = A
+            none = A.new_empty(0)
+            B = [x.lora_B.weight if x in active else none.view(x.out_features, 0) for x in layers]
+            self.B.copy_(torch.block_diag(*B).T)  # (ranks, outputs)
         return moved
+
+    def stack(self, bases, ranks):
+        """Put the weights into one tensor, with room for so many rows of A. The layers' own weights
+        become views of it, so that nothing is held twice."""
+        weight = bases[0].weight
+        room = weight.new_empty(ranks, weight.shape[1])
+        self.weight = torch.cat([*(base.weight for base in bases), room])
+        self.bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
+        self.B = weight.new_empty(ranks, self.outputs)
+        parts = self.weight[: self.outputs].split([base.out_features for base in bases])
+        for base, part in zip(bases, parts, strict=True):
+            base.weight.data = part
 
     def __call__(self, x):
         if self.scale is None:
-            return F.linear(x, self.weight[: self.out], self.bias)
-        both = x @ self.weight.T  # (b, out + ranks): the layers' outputs, and A x
-        y, low = both[:, : self.out], both[:, self.out :]
+            return F.linear(x, self.weight[: self.outputs], self.bias)
+        both = x @ self.weight.T  # (b, outputs + ranks): W x and A x in one product
+        y, low = both[:, : self.outputs], both[:, self.outputs :]
         y = y if self.bias is None else y.add_(self.bias)
         return y.addmm_(low, self.B, alpha=self.scale)
 
 
+# ---- The step ------------------------------------------------------------------------------------
 class Decoder:
     """A model's decoding step, with the cache that it reads and writes."""
 
     def __init__(self, model, rows, columns):
-        c, place = model.config, (model.device, model.lm_head.weight.dtype)
-        self.model, self.place, self.graphs = model, place, {}
-        self.captures = place[0].type == "cuda"
-        size = sum(p.numel() for p in model.parameters())
-        self.merges = place == (torch.device("cpu"), torch.float32) and size <= SMALL
-        self.cache = KVCache(c, rows, columns, *place)
+        config = model.config
+        device, dtype = model.device, model.lm_head.weight.dtype
+        small = sum(p.numel() for p in model.parameters()) <= MAX_MERGED
+        self.model = model
+        self.place = (device, dtype)
+        self.cache = KVCache(config, rows, columns, device, dtype)
+        self.merges = small and device.type == "cpu" and dtype == torch.float32
+        self.captures = device.type == "cuda"
+        self.graphs = {}
         self.stacks = [[Stack() for _ in range(4)] for _ in model.model.layers]
-        rope = rotary(
-            torch.arange(columns, device=place[0])[None], c.head_dim, c.rope_theta, place[1]
-        )
-        self.cos, self.sin = rope[0][0, 0], rope[1][0, 0]  # (columns, K)
-        self.qk_weight = []
-        for block in model.model.layers:
-            norms = (block.self_attn.q_norm, c.num_attention_heads)
-            norms = (norms, (block.self_attn.k_norm, c.num_key_value_heads))
-            weights = [norm.weight.expand(heads, -1) for norm, heads in norms if c.qk_norm]
-            self.qk_weight.append(torch.cat(weights) if weights else None)  # (H + H_kv, K)
 
-    def fits(self, rows, columns):
-        """Whether this decoder is still good for its model, and has that much room."""
-        have = (*self.place, self.cache.k.shape[1] >= rows, self.cache.k.shape[3] >= columns)
-        return have == (self.model.device, self.model.lm_head.weight.dtype, True, True)
+        # What no step needs to compute again: the rotary table, and the q and k norms side by side.
+        positions = torch.arange(columns, device=device)[None]
+        cos, sin = rotary(positions, config.head_dim, config.rope_theta, dtype)
+        self.cos, self.sin = cos[0, 0], sin[0, 0]  # (columns, K)
+        self.qk_weights = []  # a layer's: (H + H_kv, K)
+        for block in model.model.layers if config.qk_norm else ():
+            q = block.self_attn.q_norm.weight.expand(config.num_attention_heads, -1)
+            k = block.self_attn.k_norm.weight.expand(config.num_key_value_heads, -1)
+            self.qk_weights.append(torch.cat([q, k]))
+
+    def has_room(self, rows, columns):
+        """Return whether this decoder still fits its model, and has that much room."""
+        place = (self.model.device, self.model.lm_head.weight.dtype)
+        _, held_rows, _, held_columns, _ = self.cache.k.shape
+        return place == self.place and held_rows >= rows and held_columns >= columns
 
     def refresh(self):
         """Empty the cache and take over the adapters as they are now."""
+        self.cache.lengths.zero_()
         self.cache.filled = 0
-        for block, (qkv, o, up, down) in zip(self.model.model.layers, self.stacks, strict=True):
+        for block, stacks in zip(self.model.model.layers, self.stacks, strict=True):
             attention, mlp = block.self_attn, block.mlp
-            inputs = {qkv: [attention.q_proj, attention.k_proj, attention.v_proj]}
-            inputs |= {o: [attention.o_proj], down: [mlp.down_proj]}
-            inputs[up] = [mlp.gate_proj, mlp.up_proj]
-            for stack, layers in inputs.items():
+            qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+            inputs = (qkv, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
+            for stack, layers in zip(stacks, inputs, strict=True):
                 if self.merges:
                     stack.merge(layers)
-                elif stack.fill(layers):
+                elif stack.refill(layers):
                     self.graphs = {}  # they read what was there before
-        self.on = tuple(stack.scale for four in self.stacks for stack in four)
+        self.on = tuple(stack.scale for stacks in self.stacks for stack in stacks)
 
-    def take(self, other, rows, first=0):
-        """Copy the given rows of a KVCache, perhaps our own, to our rows from `first` on; later
-        rows are out of use. The tensors stay where they are, as captured graphs need it."""
-        cache, to, S = self.cache, slice(first, first + len(rows)), other.filled
-        cache.k[:, to, :, :S] = other.k[:, rows, :, :S]
-        cache.v[:, to, :, :S] = other.v[:, rows, :, :S]
-        cache.lengths[to] = other.lengths[rows]
-        cache.filled = int(cache.lengths[: to.stop].max()) if to.stop else 0
+    def close(self):
+        """Leave this decoder on the model, for the next call of kept_decoder."""
+        self.model.kept_decoder = self
 
     def step(self, tokens):
-        """tokens (b,) of the first b rows -> the states after the final norm (b, D)."""
-        c, cache, b = self.model.config, self.cache, len(tokens)
-        H, H_kv, K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        columns = cache.k.shape[3]
-        at = cache.lengths[:b].clamp(max=columns - 1)  # (b,); a row that is over may run on
-        cache.lengths[:b] += 1
-        cache.filled += 1
-        S = self.width(cache.filled)
-        unseen = torch.arange(S, device=at.device) > at[:, None]
-        mask = torch.zeros(unseen.shape, device=at.device, dtype=self.place[1])
-        mask = mask.masked_fill_(unseen, -torch.inf).repeat_interleave(H_kv, 0)[:, None]
-        rope = self.cos[at][:, None], self.sin[at][:, None]  # (b, 1, K)
-        place = torch.arange(b * H_kv, device=at.device).view(b, H_kv) * columns + at[:, None]
-        place = place.flatten()  # of each row's and head's new key among those of the layer
-        x = self.model.model.embed_tokens(tokens)
-        for layer, block in enumerate(self.model.model.layers):
-            to_qkv, to_out, to_inner, to_down = self.stacks[layer]
-            qkv = to_qkv(normed(x, block.input_layernorm)).view(b, -1, K)
-            qk, v = qkv[:, : H + H_kv], qkv[:, H + H_kv :]
-            if c.qk_norm:
-                qk = rms_norm(qk, self.qk_weight[layer], c.rms_norm_eps)
-            qk = rotate(qk, rope)
-            keys, values = (x[layer].view(-1, K) for x in (cache.k, cache.v))
-            keys.index_copy_(0, place, qk[:, H:].reshape(-1, K))
-            values.index_copy_(0, place, v.reshape(-1, K))
-            keys, values = (x.view(-1, columns, K)[: b * H_kv, :S] for x in (keys, values))
-            # Query heads that share a key head are queries of one head: its keys are read once.
-            q = qk[:, :H].reshape(b * H_kv, -1, K)
-            y = attend(q, keys, values, mask).view(b, -1)
-            x = x + to_out(y)
-            gate, up = to_inner(normed(x, block.post_attention_layernorm)).chunk(2, dim=-1)
-            x = x + to_down(F.silu(gate) * up)
-        return self.model.model.norm(x.float())
+        """Add tokens (b,) to the first b rows; return the states that predict the next (b, D).
 
-    def width(self, filled):
-        """Columns to read if so many are filled; rounded up on a GPU, where each is a graph."""
-        step = 256 if self.captures else 1
-        return min(-(-filled // step) * step, self.cache.k.shape[3])
-
-    def advance(self, tokens):
-        """`step`, on a GPU as a graph: one for each number of rows and columns, rounded up, and
-        setting of the adapters. The first time it runs as it is, which readies the kernels."""
-        b, cache = len(tokens), self.cache
+        On a GPU it is a graph: one for each number of rows and columns, rounded up, and setting of
+        the adapters. The first time it runs as it is, which readies the kernels.
+        """
         if not self.captures:
-            return self.step(tokens)
-        rows = min(1 << (b - 1).bit_length(), cache.k.shape[1])  # what those past b do, none reads
-        key = (rows, self.width(cache.filled + 1), self.on)
+            return self.compute(tokens)
+        b, filled = len(tokens), self.cache.filled
+        rows = min(1 << (b - 1).bit_length(), self.cache.k.shape[1])  # nobody reads the rows past b
+        key = (rows, self.width(filled + 1), self.on)
         padded = tokens.new_zeros(rows)
         padded[:b] = tokens
         if key not in self.graphs:
             self.graphs[key] = None
-            return self.step(padded)[:b]
+            return self.compute(padded)[:b]
         if self.graphs[key] is None:
-            graph, filled = torch.cuda.CUDAGraph(), cache.filled
-            with torch.cuda.graph(graph):  # notes what is to be done, and does nothing
-                states = self.step(padded)
-            self.graphs[key], cache.filled = (graph, padded, states), filled
-        graph, into, states = self.graphs[key]
-        into.copy_(padded)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records what is to be done, and does nothing
+                states = self.compute(padded)
+            self.graphs[key] = (graph, padded, states)
+        graph, inputs, states = self.graphs[key]
+        inputs.copy_(padded)
         graph.replay()
-        cache.filled += 1
+        self.cache.filled = filled + 1
         return states[:b].clone()
+
+    def width(self, filled):
+        """Return how many columns to read; rounded up on a GPU, where each number is a graph."""
+        step = 256 if self.captures else 1
+        return min(-(-filled // step) * step, self.cache.k.shape[3])
+
+    def compute(self, tokens):
+        """Do what Qwen3.forward does with one token a row: (b,) -> (b, D)."""
+        config, cache, b = self.model.config, self.cache, len(tokens)
+        H, H_kv, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        columns = cache.k.shape[3]
+
+        # 1) Each row's position, what it may not see, and where its new keys go. Key-value heads
+        # are rows of their own here: (b, H_kv) flattened.
+        at = cache.lengths[:b].clamp(max=columns - 1)  # (b,); a row that is over may run on
+        cache.lengths[:b] += 1
+        cache.filled += 1
+        S = self.width(cache.filled)
+        unseen = torch.arange(S, device=at.device) > at[:, None]  # (b, S)
+        mask = torch.zeros(unseen.shape, device=at.device, dtype=self.place[1])
+        mask = mask.masked_fill_(unseen, -torch.inf).repeat_interleave(H_kv, 0)[:, None]
+        heads = torch.arange(b * H_kv, device=at.device).view(b, H_kv)
+        place = (heads * columns + at[:, None]).flatten()
+        rope = (self.cos[at][:, None], self.sin[at][:, None])  # (b, 1, K)
+
+        # 2) The blocks.
+        x = self.model.model.embed_tokens(tokens)  # (b, D)
+        for layer, block in enumerate(self.model.model.layers):
+            to_qkv, to_out, to_inner, to_down = self.stacks[layer]
+            qkv = to_qkv(normed(x, block.input_layernorm)).view(b, -1, K)
+            qk, v = qkv[:, : H + H_kv], qkv[:, H + H_kv :]
+            if config.qk_norm:
+                qk = rms_norm(qk, self.qk_weights[layer], config.rms_norm_eps)
+            qk = rotate(qk, rope)
+            keys, values = cache.k[layer].view(-1, K), cache.v[layer].view(-1, K)
+            keys.index_copy_(0, place, qk[:, H:].reshape(-1, K))
+            values.index_copy_(0, place, v.reshape(-1, K))
+            keys = keys.view(-1, columns, K)[: b * H_kv, :S]
+            values = values.view(-1, columns, K)[: b * H_kv, :S]
+            # Query heads that share a key head are queries of one head: its keys are read once.
+            q = qk[:, :H].reshape(b * H_kv, -1, K)
+            x = x + to_out(attend(q, keys, values, mask).view(b, -1))
+            gate, up = to_inner(normed(x, block.post_attention_layernorm)).chunk(2, dim=-1)
+            x = x + to_down(F.silu(gate) * up)
+        return self.model.model.norm(x.float())
 
 
 def normed(x, norm):
@@ -192,7 +224,7 @@ def normed(x, norm):
 
 
 def attend(q, k, v, mask):
-    """Attention of a few queries (b, n, K) to k, v (b, S, K), with a mask (b, 1, S) to add."""
+    """Attend from a few queries (b, n, K) to k and v (b, S, K); mask (b, 1, S) is added."""
     if q.dtype != torch.float32:  # where scores must not be rounded
         return F.scaled_dot_product_attention(q, k, v, mask)
     scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)  # (b, n, S)

@@ -1,118 +1,113 @@
-"""Rows of a rollout as a forward pass needs them: micro-batches by length, each prompt once, and
-tokens without padding."""
+"""Scoring a micro-batch in less time: each prompt read once, no padding but in attention.
 
-from dataclasses import dataclass
+`pack` and `micro_batches` are the twins of pad_rows and split_rows in grpo.py. They change what is
+read, not what is computed; tests/test_fast.py holds them together.
+"""
 
 import torch
 
 from model import attention
 
-PASS = 64  # what the calls of a pass are taken to cost; with 64 padding stays below 10 %
-
-
-@dataclass
-class Batch:
-    """Some rows of a rollout, after the prompts that they go on from."""
-
-    ids: torch.Tensor  # (1, N) the prompts, each once, and the completions but for the last tokens
-    packed: "Packed"  # which of them see which
-    before: torch.Tensor  # (b, T) which of them predicts each completion token; 0 on padding
-    targets: torch.Tensor  # (b, T) the completions
-    mask: torch.Tensor  # (b, T) bool, True on completion tokens; from lengths, never from ids
-    sampled_logps: torch.Tensor  # (b, T) what the sampler said
+PASS = 64  # the cost of a pass beside its tokens, in tokens; with 64 padding stays below 10 %
 
 
 class Packed:
-    """Stands for a cache in Qwen3.forward where tokens (1, N) are rows end to end: first prompts of
-    lengths `starts` (p,), then completions of `lengths` (b,), each after prompt `group` (b,).
+    """Say who sees whom where tokens (1, N) are rows end to end, in place of a KV cache.
 
-    Only attention puts them in rows, with padding; all other layers read the N tokens.
+    First come p prompts, of lengths `starts`, then b completions, of `lengths`; completion i
+    follows prompt group[i]. Only attention puts them in padded rows; all other layers read the N
+    tokens. With prompts P Q and completions a, b of P and c of Q:
+
+        tokens     P0 P1 P2  Q0 Q1  a0 a1  b0  c0 c1
+        position    0  1  2   0  1   3  4   3   2  3
+        a1 sees    P0 P1 P2         a0 a1
     """
 
     def __init__(self, starts, lengths, group):
-        self.cells, self.shapes = [], []  # of prompts and of completions: cells in use, rows x T
-        columns = []
-        for n in (starts, lengths):
-            self.shapes.append((len(n), max(1, int(n.max()))))
-            used = torch.arange(self.shapes[-1][1], device=n.device) < n[:, None]
-            self.cells.append(used.flatten().nonzero()[:, 0])
-            columns.append(self.cells[-1] % used.shape[1])
-        row = self.cells[1] // self.shapes[1][1]  # of each completion token
-        self.group, own = group, torch.arange(self.shapes[1][1], device=group.device)
-        self.positions = torch.cat([columns[0], starts[group][row] + columns[1]])[None]  # (1, N)
-        prompt = torch.arange(self.shapes[0][1], device=group.device) < starts[group][:, None]
-        causal = (own <= own[:, None]).expand(len(group), -1, -1)  # (b, T, T)
-        prompt = prompt[:, None].expand(-1, len(own), -1)  # (b, T, L)
-        self.mask = torch.cat([prompt, causal], dim=2)[:, None]  # (b, 1, T, L + T)
+        # Padded rows, (p, L) and (b, T): which of their cells, counted row by row, hold a token.
+        self.group = group
+        L, T = max(1, int(starts.max())), max(1, int(lengths.max()))
+        self.shapes = ((len(starts), L), (len(lengths), T))
+        prompt_columns = torch.arange(L, device=group.device)
+        columns = torch.arange(T, device=group.device)
+        in_prompt = (prompt_columns < starts[:, None]).flatten().nonzero()[:, 0]
+        in_row = (columns < lengths[:, None]).flatten().nonzero()[:, 0]
+        self.cells = (in_prompt, in_row)
 
-    def start(self, N):
-        """The positions of the tokens (1, N)."""
+        # The positions of a completion follow its prompt's. Its tokens see all of the prompt, and
+        # their own row up to themselves.
+        after_prompt = starts[group][in_row // T] + in_row % T
+        self.positions = torch.cat([in_prompt % L, after_prompt])[None]  # (1, N)
+        sees_prompt = prompt_columns < starts[group][:, None]  # (b, L)
+        sees_prompt = sees_prompt[:, None].expand(-1, T, -1)  # (b, T, L)
+        sees_own = (columns <= columns[:, None]).expand(len(group), -1, -1)  # (b, T, T)
+        self.mask = torch.cat([sees_prompt, sees_own], dim=2)[:, None]  # (b, 1, T, L + T)
+
+    def start(self, B, N):
+        """Return the positions of the tokens (1, N)."""
         return self.positions
 
     def attend(self, layer, q, k, v):
-        """q (1, H, N, K), k and v (1, H_kv, N, K) -> (1, N, H K)."""
-        prompts, rows = zip(*(self.in_rows(x[0].transpose(0, 1)) for x in (q, k, v)), strict=True)
-        # (index_select adds repeated rows' gradients up in one order, indexing does not.)
-        k, v = (torch.cat([prompts[i].index_select(0, self.group), rows[i]], dim=2) for i in (1, 2))
-        y = attention(*prompts), attention(rows[0], k, v, self.mask)  # (p, L, H K), (b, T, H K)
-        parts = zip(y, self.cells, strict=True)
+        """Attend from q (1, H, N, K) to k and v (1, H_kv, N, K); return (1, N, H K)."""
+        prompt_q, own_q = self.in_rows(q)
+        prompt_k, own_k = self.in_rows(k)
+        prompt_v, own_v = self.in_rows(v)
+        # index_select adds up a prompt's gradients in one order; indexing does so in parallel.
+        k = torch.cat([prompt_k.index_select(0, self.group), own_k], dim=2)  # (b, H_kv, L + T, K)
+        v = torch.cat([prompt_v.index_select(0, self.group), own_v], dim=2)
+        rows = (attention(prompt_q, prompt_k, prompt_v), attention(own_q, k, v, self.mask))
+        parts = zip(rows, self.cells, strict=True)
         return torch.cat([x.flatten(0, 1).index_select(0, cells) for x, cells in parts])[None]
 
     def in_rows(self, x):
-        """x (N, heads, K) as rows with padding: (p, heads, L, K) and (b, heads, T, K)."""
-        parts = x.split([len(cells) for cells in self.cells])
+        """Pad x (1, heads, N, K) to the rows of the prompts (p, heads, L, K) and of the completions
+        (b, heads, T, K)."""
+        padded = []
+        parts = x[0].transpose(0, 1).split([len(cells) for cells in self.cells])  # (n, heads, K)
         for part, cells, (rows, T) in zip(parts, self.cells, self.shapes, strict=True):
-            padded = x.new_zeros(rows * T, *x.shape[1:]).index_put((cells,), part)
-            yield padded.view(rows, T, *x.shape[1:]).transpose(1, 2)
+            zeros = part.new_zeros(rows * T, *part.shape[1:])
+            padded.append(zeros.index_put((cells,), part).unflatten(0, (rows, T)).transpose(1, 2))
+        return padded
 
 
-def make_batch(r, rows, device, prompt="prompt") -> Batch:
-    """The given rows of a Rollout as a Batch on the device, after the problems' `prompt`."""
-    c, lengths = r.completions, r.completions.lengths[rows]  # (b,)
-    used, group = (rows // r.rewards.shape[1]).unique(return_inverse=True)  # problems; of each row
-    prompts = [torch.tensor(r.problems[i][prompt]) for i in used.tolist()]
-    starts = torch.tensor([len(p) for p in prompts])
-    columns = torch.arange(int(lengths.max()))
-    mask, tokens = columns < lengths[:, None], c.tokens[rows, : len(columns)]
+def pack(prompts, group, tokens, lengths, device):
+    """Lay out p prompts and b completions end to end; see grpo.pad_rows, the plain twin.
+
+    Returns ids (1, N) of all but the completions' last tokens, the index of the token that predicts
+    each completion token (b, T), 0 on padding, and who sees whom.
+    """
+    starts = torch.tensor([len(prompt) for prompt in prompts])
+    columns = torch.arange(tokens.shape[1])
     ids = torch.cat([*prompts, tokens[columns < lengths[:, None] - 1]])
     # The last token of a prompt predicts the first of a completion, and each of these the next.
-    first = starts.sum() + (lengths - 1).cumsum(0) - (lengths - 1)  # (b,) where a row begins
-    before = (first[:, None] + columns - 1) * mask
-    before[:, 0] = (starts.cumsum(0) - 1)[group]
-    fields = (before, tokens, mask, c.logps[rows, : len(columns)])
-    packed = Packed(*(x.to(device) for x in (starts, lengths - 1, group)))
-    return Batch(ids[None].to(device), packed, *(field.to(device) for field in fields))
+    inner = lengths - 1
+    begins = starts.sum() + inner.cumsum(0) - inner  # (b,) where each completion begins in ids
+    predicts = (begins[:, None] + columns - 1) * (columns < lengths[:, None])
+    predicts[:, 0] = (starts.cumsum(0) - 1)[group]
+    packed = Packed(starts.to(device), inner.to(device), group.to(device))
+    return ids[None].to(device), predicts.to(device), packed
 
 
-def micro_batches(r, chosen, budget):
-    """The chosen rows (B,) of a Rollout in groups of like length, each of which reads at most
-    `budget` tokens or is one row: the cheapest such groups, if a pass costs PASS tokens more."""
-    G, lengths = r.rewards.shape[1], r.completions.lengths.tolist()
+def micro_batches(rollout, chosen, budget):
+    """Cut the chosen rows (B,) of a rollout into the cheapest micro-batches of like length, by
+    dynamic programming. One reads at most `budget` tokens or is one row, and costs PASS beside."""
+    G = rollout.rewards.shape[1]
+    lengths = rollout.completions.lengths.tolist()
     rows = sorted(chosen.nonzero()[:, 0].tolist(), key=lambda row: lengths[row])
-    best = [(0, 0)]  # for the first 0, 1, ... rows: what they cost, and where the last group begins
+    best = [(0, 0)]  # for the first 0, 1, ... rows: their cost, and where their last batch begins
     for end in range(1, len(rows) + 1):
         ways, prompts = [], {}
         for first in reversed(range(end)):
             problem = rows[first] // G
-            prompts[problem] = len(r.problems[problem]["prompt"])
+            prompts[problem] = len(rollout.problems[problem]["prompt"])
             read = (end - first) * lengths[rows[end - 1]] + len(prompts) * max(prompts.values())
             if ways and read > budget:
                 break
             ways.append((best[first][0] + read + PASS, first))
         best.append(min(ways))
-    groups, end = [], len(rows)
+    batches, end = [], len(rows)
     while end:
-        groups.append(torch.tensor(rows[best[end][1] : end]))
-        end = best[end][1]
-    return groups[::-1]
-
-
-def padding(r, groups):
-    """The share of padding in the rows that attention reads in passes over these groups of rows."""
-    G, read, real = r.rewards.shape[1], 0, 0
-    for rows in groups:
-        starts = [len(r.problems[i]["prompt"]) for i in {row // G for row in rows.tolist()}]
-        for n in (starts, (r.completions.lengths[rows] - 1).tolist()):
-            read += len(n) * max(1, *n)
-            real += sum(n)
-    return 1 - real / max(1, read)
+        first = best[end][1]
+        batches.insert(0, torch.tensor(rows[first:end]))
+        end = first
+    return batches
