@@ -5,40 +5,40 @@ from pathlib import Path
 from system.errors import UserError
 
 
-def hub_fault(error, repo, revision):
-    """What an exception of huggingface_hub means, and what to do."""
-    from huggingface_hub import constants, errors
-
-    way = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the network"
-    said = {  # the first that fits; the classes are nested
-        errors.GatedRepoError: "is gated: accept its terms on its page, then set HF_TOKEN",
-        errors.RepositoryNotFoundError: "is private or not on the Hub: check the name and HF_TOKEN",
-        errors.RevisionNotFoundError: f"has no revision {revision}: check --revision",
-        errors.LocalEntryNotFoundError: f"is not all in the cache, and the Hub out of reach: {way}",
-        Exception: f"cannot be downloaded ({str(error)[:150]}): try again; whole files are kept",
-    }
-    return next(words for kind, words in said.items() if isinstance(error, kind))
-
-
 def hub_folder(repo, revision=None, needed=(), optional=(), kind="model") -> Path:
-    """The folder with these files (names or patterns) of a Hub repository, named by its commit.
+    """Download the files (names or patterns) of a Hub repository that are not cached; return their
+    folder, whose name is the commit. UserError without network, repository, revision, permission
+    or a needed file, each in its own words."""
+    from httpx import TransportError  # slow imports, and only needed here
+    from huggingface_hub import constants, errors, snapshot_download
 
-    What is not cached is downloaded. UserError without network, repository, revision, permission,
-    or a needed file, each in its own words.
-    """
-    from httpx import TransportError
-    from huggingface_hub import constants, errors, snapshot_download  # slow, and only needed here
-
-    what = dict(repo_type=kind, revision=revision or None, allow_patterns=[*needed, *optional])
+    request = dict(repo_type=kind, revision=revision or None, allow_patterns=[*needed, *optional])
     try:
         try:
-            folder = Path(snapshot_download(repo, **what))
+            folder = Path(snapshot_download(repo, **request))
         except (TransportError, errors.OfflineModeIsEnabled):
-            # Of a pinned commit the library asks the network first, though all may be cached.
-            folder = Path(snapshot_download(repo, **what, local_files_only=True))
+            # Even for a pinned commit the library asks the network first: all may be cached.
+            folder = Path(snapshot_download(repo, **request, local_files_only=True))
     except Exception as error:  # several libraries raise here
-        raise UserError(f"{repo} {hub_fault(error, repo, revision)}") from None
-    if absent := [name for name in needed if not any(folder.glob(name))]:
-        where = " in the cache: go online" if constants.HF_HUB_OFFLINE else ": choose another"
-        raise UserError(f"{repo} has no {absent[0]} at {folder.name}{where}")
+        raise UserError(f"{repo} {hub_fault(error, revision)}") from None
+    for name in needed:
+        if not any(folder.glob(name)):
+            way = " in the cache: go online" if constants.HF_HUB_OFFLINE else ": choose another"
+            raise UserError(f"{repo} has no {name} at {folder.name}{way}")
     return folder
+
+
+def hub_fault(error, revision) -> str:
+    """Return what an exception of huggingface_hub means, and what to do about it."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):  # which is a RepositoryNotFoundError, too
+        return "is gated: accept its terms on its page, then set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "is private or not on the Hub: check the name and HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"has no revision {revision}: check --revision"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        way = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the network"
+        return f"is not all in the cache, and the Hub out of reach: {way}"
+    return f"cannot be downloaded ({str(error)[:150]}): try again; whole files are kept"

@@ -1,7 +1,9 @@
 """Adapters in PEFT's format, both ways: adapter_config.json and adapter_model.safetensors."""
 
+import math
 from pathlib import Path
 
+import torch
 from safetensors.torch import save
 
 from lora import attach, linear_layers, lora_layers, lora_parameters
@@ -9,61 +11,84 @@ from system import files
 from system.errors import UserError
 
 PREFIX = "base_model.model."  # what PEFT puts before each of our names
-
-# What PEFT offers beyond this layer. An adapter that uses one of these is refused by name.
-UNSUPPORTED = ["use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"]
-UNSUPPORTED += ["lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens"]
-UNSUPPORTED += ["trainable_token_indices"]
-
 DEFAULTS = dict(r=8, lora_alpha=8.0, lora_dropout=0.0, use_rslora=False, bias="none")  # PEFT's
+# What PEFT offers beyond our layer. An adapter that uses one of these is refused by name.
+UNSUPPORTED = """use_dora rank_pattern alpha_pattern modules_to_save fan_in_fan_out lora_bias
+    layer_replication target_parameters alora_invocation_tokens use_qalora use_bdlora
+    trainable_token_indices arrow_config kasa_config monteclora_config"""
+ALLOWED = dict(peft_type=["LORA"], bias=["none"])  # other ways to start, as pissa, alter the base
+ALLOWED.update(init_lora_weights=[None, True, False, "gaussian", "orthogonal"])
 
 
 def save_adapter(model, folder, base_model=""):
-    """Write the adapter in PEFT's format; PeftModel.from_pretrained(base, folder) loads it."""
-    layers, folder = lora_layers(model), Path(folder)
+    """Write the adapter of a model; PeftModel.from_pretrained(base, folder) loads it."""
+    layers = lora_layers(model)
     if not layers:
         raise UserError("this model has no adapter to save: call add_lora first")
-    one, last = next(iter(layers.values())), {name.split(".")[-1] for name in layers}
-    # Last names, as PEFT writes them, unless a layer of such a name is without an adapter.
-    plain = {name.split(".")[-1] for name in linear_layers(model) if not name.endswith(".base")}
+    one = next(iter(layers.values()))  # all have the same rank and alpha
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base_model))
-    config.update(r=one.rank, lora_alpha=one.alpha, lora_dropout=one.dropout.p, bias="none")
-    config.update(use_rslora=one.rslora, target_modules=sorted(layers if last & plain else last))
+    config.update(r=one.rank, lora_alpha=one.alpha, lora_dropout=0.0, bias="none")
+    config.update(use_rslora=False, target_modules=target_modules(model))
+    ours = lora_parameters(model).items()
+    tensors = {PREFIX + name: p.detach().cpu().contiguous() for name, p in ours}
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / "adapter_config.json", config)
-    tensors = {
-        PREFIX + name: p.detach().cpu().contiguous() for name, p in lora_parameters(model).items()
-    }
-    data = save(tensors, metadata={"format": "pt"})
-    files.write_whole(folder / "adapter_model.safetensors", data)
+    files.write_whole(folder / "adapter_model.safetensors", save(tensors, dict(format="pt")))
+
+
+def target_modules(model) -> list[str]:
+    """Return the last names of the adapted layers, or, where those say too much, the full ones."""
+    adapted = list(lora_layers(model))
+    last_names = {name.split(".")[-1] for name in adapted}
+    plain = [name for name in linear_layers(model) if not name.endswith(".base")]
+    ambiguous = any(name.split(".")[-1] in last_names for name in plain)
+    return sorted(adapted if ambiguous else last_names)
 
 
 def load_adapter(model, folder):
-    """Put the PEFT adapter in `folder` on its base model; returns the model, ready to train on.
+    """Put the PEFT adapter of a folder on its base model; return the model, ready to train on.
 
     The tensors say which layers are adapted, so every form of target_modules works. UserError on a
     damaged adapter, another model's, or one with a feature of PEFT that we do not compute.
     """
-    kinds, folder = {name: type(value) for name, value in DEFAULTS.items()}, Path(folder)
-    found = files.read_json(folder / "adapter_config.json")
-    config = DEFAULTS | files.checked(found, folder, **kinds)
-    asks = [key for key in UNSUPPORTED if config.get(key)]
-    asks += ["bias"] * (config["bias"] != "none") + ["lora_dropout"] * (config["lora_dropout"] > 1)
-    asks += ["peft_type"] * (config.get("peft_type") != "LORA")
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
-        asks.append("init_lora_weights")  # such as pissa, which alters the base
-    if asks:
-        raise UserError(f"{folder}: {asks[0]} = {config.get(asks[0])!r} is not supported")
+    folder = Path(folder)
+    config = read_config(folder)
+    rank, alpha = config["r"], config["lora_alpha"]
+    if config["use_rslora"]:  # then PEFT scales by alpha / sqrt(rank): arXiv 2312.03732
+        alpha *= math.sqrt(rank)
     tensors, _ = files.read_tensors(folder / "adapter_model.safetensors")
     names = sorted({name.removeprefix(PREFIX).rsplit(".", 2)[0] for name in tensors})
-    if wrong := set(names) - set(linear_layers(model)):
-        raise UserError(f"{folder} adapts {min(wrong)}, which is no plain layer of this model")
-    rank, alpha, dropout, rslora, _ = (config[name] for name in DEFAULTS)
-    numbers = rank * sum(sum(model.get_submodule(name).weight.shape) for name in names)
-    files.check_size(tensors, numbers, folder)
-    attach(model, names, rank, alpha, dropout, rslora)
-    ours = {PREFIX + name: p for name, p in lora_parameters(model).items()}
-    files.check_tensors(tensors, ours, folder)
-    for name, parameter in ours.items():
-        parameter.data.copy_(tensors[name])
+
+    # Check names and shapes first: for layers of a size that is a lie there may be no memory.
+    if lora_layers(model):
+        raise UserError(f"this model has an adapter: {folder} fits the base model only")
+    if not names or rank < 1:
+        raise UserError(f"{folder} holds no adapter: lora_A or lora_B is missing, or r is 0")
+    expected = {}
+    for name in names:
+        if name not in linear_layers(model):
+            raise UserError(f"{folder} adapts {name}, which is no linear layer of this model")
+        D_out, D_in = model.get_submodule(name).weight.shape
+        expected[f"{PREFIX}{name}.lora_A.weight"] = torch.empty(rank, D_in, device="meta")
+        expected[f"{PREFIX}{name}.lora_B.weight"] = torch.empty(D_out, rank, device="meta")
+    files.check_tensors(tensors, expected, folder)
+
+    attach(model, names, rank, alpha)
+    for name, p in lora_parameters(model).items():
+        p.data.copy_(tensors[PREFIX + name])
     return model.eval()
+
+
+def read_config(folder: Path) -> dict:
+    """Return adapter_config.json with PEFT's defaults; UserError on what we do not compute. Dropout
+    is checked and not used: it acts in training mode only, and our models stay in eval mode."""
+    types = {name: type(value) for name, value in DEFAULTS.items()}
+    found = files.read_json(folder / "adapter_config.json")
+    config = DEFAULTS | files.checked(found, folder, **types)
+    refused = [name for name in UNSUPPORTED.split() if config.get(name)]
+    refused += [name for name, values in ALLOWED.items() if config.get(name) not in values]
+    refused += ["lora_dropout"] if config["lora_dropout"] > 1 else []
+    if refused:
+        raise UserError(f"{folder}: {refused[0]} = {config.get(refused[0])!r} is not supported")
+    return config

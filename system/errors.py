@@ -4,6 +4,7 @@ import signal
 import sys
 import unicodedata
 
+ADVICE = "lower --micro-batch-tokens, --samples, --prompts or --max-new-tokens, then --resume"
 STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of what is no sign of its own
 
 
@@ -11,47 +12,52 @@ class UserError(Exception):
     """What the user gave cannot be used. The message is one line: what is wrong and what to do."""
 
 
-def printable(text, signs=None) -> str:
-    """Text from a model or a file, fit for a terminal: what would steer it (escapes, carriage
-    returns), reorder a line (bidi controls) or cannot be written (half of a surrogate pair) becomes
-    U+FFFD. Line ends and tabs stay, or become what `signs` says."""
-    signs = signs or {"\n": "\n", "\t": "\t"}
-    bad = [c for c in set(text) if unicodedata.category(c) in STEERING]
-    return text.translate(str.maketrans(dict.fromkeys(bad, "\ufffd") | signs))
-
-
 def run_cli(main):
-    """Run a command line. What the user or the machine got wrong is one line, and exit code 2; with
-    Ctrl-C or SIGTERM it is 130 or 143."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows a ? for what it lacks
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    """Run a command. What the user or the machine got wrong is one line on stderr and exit code 2,
+    Ctrl-C 130, SIGTERM 143; any other exception is a bug of ours and keeps its traceback."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? for what it lacks
+    on_signals(interrupt)
     code = 2
     try:
         return main()
     except KeyboardInterrupt as stop:
-        number, *said = stop.args
-        line, code = ": ".join(["stopped", *said]), 128 + number
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        line = " ".join(str(error).split())
-        if not isinstance(error, (UserError, OSError)):
-            if not out_of_memory(error):
-                raise
-            line = "out of memory: lower --micro-tokens, --samples, --prompts or --max-new-tokens"
-        line = f"error: {line}"
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # torchrun's comes while we end: the line is said
-    print(printable(line[:1000]), file=sys.stderr, flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # should the interpreter not find its end
+        number, *words = stop.args  # train.py adds how to resume
+        code = 128 + number
+        line = ": ".join(["stopped", *words])
+    except (UserError, OSError) as error:
+        line = f"error: {error}"
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        line = f"error: out of memory: {ADVICE}"
+    on_signals(signal.SIG_IGN)  # torchrun may send one now: the line is said
+    print(printable(" ".join(line.split())[:1000]), file=sys.stderr, flush=True)
+    on_signals(signal.SIG_DFL)  # should the interpreter hang at its end
     sys.exit(code)
 
 
+def on_signals(handler):
+    """Have Ctrl-C and SIGTERM call this handler, or be ignored, or end the process."""
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def interrupt(number, frame):
+    """Handle a signal: raise KeyboardInterrupt, and let no second one disturb what follows."""
+    on_signals(signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
+
+
 def out_of_memory(error) -> bool:
-    """Not so is an illegal memory access."""
+    """Return whether this is about memory that cannot be had (not an illegal access to it)."""
     words = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
-def interrupt(number, frame):
-    raise KeyboardInterrupt(number)
+def printable(text, signs=None) -> str:
+    """Return text of a model or a file, fit for a terminal: U+FFFD stands for what would steer it
+    (escapes), reorder a line (bidi controls) or cannot be written (half of a surrogate pair).
+    Line ends and tabs stay, or become what the dict `signs` says."""
+    bad = [sign for sign in set(text) if unicodedata.category(sign) in STEERING]
+    table = dict.fromkeys(bad, "\ufffd") | (signs or {"\n": "\n", "\t": "\t"})
+    return text.translate(str.maketrans(table))

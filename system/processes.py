@@ -1,8 +1,8 @@
 """The processes of a run that torchrun has started; without torchrun there is one, of rank 0.
 
-Each samples and trains on the problems of its rank. What is in a tensor only where this process
-filled it in, and 0 elsewhere, is added up over the processes: so all of them know the whole step,
-make the same update, and only the first need write it down.
+Each process works on its share of the problems or rows. Results are added up over the processes
+(a tensor is 0 where another process fills it in), so all of them know the whole step and make the
+same update, and only the first one need print and write.
 """
 
 import os
@@ -12,14 +12,16 @@ import sys
 import torch
 import torch.distributed as dist
 
-from system.errors import UserError
+from system.errors import UserError, on_signals
 
 
-def rank():
+def rank() -> int:
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def world() -> int:
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -33,48 +35,52 @@ def start(device):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, hush)
+        on_signals(signal.SIG_IGN)
 
 
-def hush(number, frame):
-    """What there is to say about the end of the run, the first process says."""
-    sys.stderr = sys.stdout
-
-
-def reduce(tensor, how):
-    """All processes' tensors as one, in place."""
-    try:
-        dist.all_reduce(tensor, how)
-    except RuntimeError:
-        way = "go on with --resume, with as many processes as you like"
-        raise UserError(f"another process of this run has ended: {way}") from None
-
-
-def place():
-    """The device whose tensors the processes can exchange."""
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+def share(items) -> list:
+    """Return the items of this process: every world-th one, from its rank on."""
+    return list(items[rank() :: world()])
 
 
 def add_up(tensors):
-    """Sum tensors of one dtype over the processes, in place."""
+    """Sum tensors of one dtype over the processes, in place; UserError if a process has ended."""
     if world() == 1:
         return
-    flat = torch.cat([x.flatten() for x in tensors]).to(place())
-    reduce(flat, dist.ReduceOp.SUM)
-    for x, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
-        x.copy_(part.view_as(x))
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # what the backend exchanges
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError:
+        if rank() > 0:
+            sys.stderr = sys.stdout  # the first process says it
+        way = "go on with --resume, with as many processes as you like"
+        raise UserError(f"another process of this run has ended: {way}") from None
+    totals = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, total in zip(tensors, totals, strict=True):
+        tensor.copy_(total.view_as(tensor))
 
 
-def least(number):
-    """The smallest of the processes' integers."""
+def gather(own, rows, total):
+    """Return a dataclass of tensors (total, ...) from `own`, the one with this process's rows, and
+    `rows`, their places in the whole. Dimension 1 is the widest process's; 0 fills the others."""
     if world() == 1:
-        return number
-    number = torch.tensor(number, device=place())
-    reduce(number, dist.ReduceOp.MIN)
-    return int(number)
+        return own
+    widths = torch.zeros(world(), dtype=torch.int64)
+    widths[rank()] = own.tokens.shape[1]
+    add_up([widths])
+    whole = {}
+    for name, part in vars(own).items():
+        if part is not None:
+            width = [int(widths.max())] if part.ndim > 1 else []
+            dtype = torch.uint8 if part.dtype == torch.bool else part.dtype  # bools have no sum
+            tensor = torch.zeros(total, *width, *part.shape[2:], dtype=dtype)
+            tensor[rows, *map(slice, part.shape[1:])] = part.to("cpu", dtype)
+            add_up([tensor])
+            whole[name] = tensor.to(part.dtype)
+    return type(own)(**whole)
 
 
 def wait():
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     add_up([torch.zeros(1)])
