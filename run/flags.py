@@ -1,72 +1,146 @@
-"""The flags that all command lines share, each with its only default, and what they load."""
+"""Command lines: the flags that all share, what they load, and the settings of train.py."""
 
+import argparse
+import math
 import os
+from dataclasses import fields
+from importlib.util import find_spec
 
 import torch
 
 from data.problems import TINY, prompt_text
-from hf.checkpoint import (
-    checkpoint_folder,
-    config_from_dict,
-    default_dtype,
-    load_model,
-    load_tokenizer,
-    random_model,
-)
+from hf import checkpoint
 from hf.peft import load_adapter
+from run.checkpoints import resumed_settings
 from system.errors import UserError
 from system.files import read_json
 
-FLAGS = dict(model=(str(TINY), "a checkpoint folder or a Hub id"))  # name: (default, help)
-FLAGS |= dict(revision=("", "branch, tag or commit of the Hub id"))
-FLAGS |= dict(adapter=("", "a PEFT adapter, such as runs/NAME/adapter"))
-FLAGS |= dict(data=("tiny", "tiny, math, math500, gsm8k or a JSONL file"))
-FLAGS |= dict(device=("auto", "auto, cpu, cuda, cuda:1, ..."))
-FLAGS |= dict(dtype=("auto", "of the frozen weights: fp32, bf16, or auto (fp32 on CPU)"))
-FLAGS |= dict(seed=(1, "of everything that is random"))
+DTYPES = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
+FLAGS = {  # name: (default, help)
+    "model": (str(TINY), "a checkpoint folder or a Hub id"), "revision": ("", "of the Hub id"),
+    "adapter": ("", "a PEFT adapter, such as runs/NAME/adapter"),
+    "data": ("tiny", "tiny, math, math500, gsm8k or a JSONL file"),
+    "device": ("auto", "auto, cpu, cuda, cuda:1, ..."), "seed": (1, "of everything that is random"),
+    "dtype": ("auto", "of the frozen weights: fp32, bf16, or auto (fp32 on CPU)"),
+}  # fmt: skip
+SAMPLE_FLAGS = {
+    "samples": (1, "completions a problem"), "problems": (3, "how many of --data"),
+    "max_new_tokens": (256, "longer completions are cut off"), "temperature": (0.0, "0: greedy"),
+    "top_p": (1.0, "nucleus sampling"), "top_k": (0, "sample among the likeliest k; 0: all"),
+}  # fmt: skip
+EVAL_FLAGS = {
+    "problems": (500, "the first so many"), "samples": (4, "for pass@k; 0: greedy only"),
+    "max_new_tokens": (128, "longer completions are cut off"), "temperature": (1.0, "of pass@k"),
+    "top_p": (1.0, "of pass@k"), "out": ("", "all answers; default: runs/answers-N.jsonl"),
+    "grade": ("", "no model: grade this JSONL of completion and gold"),
+}  # fmt: skip
+LIMITS = {  # what a number has to be: (whether it is, the settings)
+    "positive": (lambda x: 0 < x < math.inf, """rank alpha lr steps prompts epochs_per_rollout top_p
+        max_prompt_tokens max_new_tokens eval_problems micro_batch_tokens save_every temperature
+        keep_checkpoints sharpening max_grad_norm"""),
+    "0 or more": (lambda x: x >= 0, "kl_coef warmup eval_samples eval_every clip_eps_high"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "beta2 clip_eps_low"),
+}  # fmt: skip
+# ARCA, section 5, and from its released configuration: sharpening 2, AdamW's default betas.
+PAPER = dict(model="Qwen/Qwen3-1.7B-Base", data="math", eval_problems=200, steps=100, prompts=8)
+PAPER.update(samples=4, max_new_tokens=512, top_p=0.95, rank=64, alpha=128.0, sharpening=2.0)
+PAPER.update(lr=5e-6, warmup=10, beta2=0.999, seed=1337, micro_batch_tokens=8192)
+PRESETS = {"": {}, "paper": PAPER}
+
+
+# ---- The shared flags, and what they load --------------------------------------------------------
+def flag_name(name) -> str:
+    """Return the flag of a setting, such as --top-p for top_p."""
+    return f"--{name.replace('_', '-')}"
 
 
 def add_flags(parser, flags):
-    """FLAGS, which every command line has, and more of the kind."""
+    """Add to a parser the FLAGS that every command line has, and `flags` of the same form."""
     parser.add_argument("--chat", action="store_true", help="prompt as a chat turn (ChatML)")
     for name, (default, text) in (FLAGS | flags).items():
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(default), default=default, help=text)
+        parser.add_argument(flag_name(name), type=type(default), default=default, help=text)
+
+
+def check_choice(name, value, choices):
+    """Raise UserError, with the list, unless a setting is one of its choices."""
+    if value not in choices:
+        named = ", ".join(filter(None, choices))  # all but "", which stands for no choice
+        raise UserError(f"{flag_name(name)} {value}: use one of {named}")
 
 
 def check_fit(tokenizer, model, name):
-    """UserError if the tokenizer cannot encode, or has an id that the model has no embedding of."""
+    """Raise UserError if the tokenizer cannot encode, or has an id beyond the embeddings."""
     try:
-        made = tokenizer.encode(prompt_text("0 \U0010fffd"))  # of a sign that is in no vocabulary
+        ids = tokenizer.encode(prompt_text("0 \U0010fffd"))  # of a sign that is in no vocabulary
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{name}: tokenizer.json cannot encode a text ({error})") from None
-    last = max([*tokenizer.file.get_vocab().values(), *made, *tokenizer.eos_ids])
-    if last >= (n := model.config.vocab_size):
-        raise UserError(f"{name}: tokenizer or eos_token_id has an id {last}, the model {n} tokens")
+    last = max([*tokenizer.file.get_vocab().values(), *ids, *tokenizer.eos_ids])
+    size = model.config.vocab_size
+    if last >= size:
+        raise UserError(f"{name}: tokenizer or eos_token_id has id {last}, the model {size} tokens")
 
 
-def load_base(s):
-    """The frozen model and tokenizer that these flags, or the Settings of train.py, ask for."""
-    dtypes = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
-    local = os.environ.get("LOCAL_RANK", "0")  # of a process that torchrun started
-    best = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    device = best if s.device == "auto" else s.device
+def load_base(cfg):
+    """Return the frozen model and its tokenizer, as FLAGS or the Settings of train.py ask."""
+    device = cfg.device
+    if device == "auto":  # torchrun sets LOCAL_RANK
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(f"no device {device} here: use --device cpu") from None
-    if s.dtype not in dtypes:
-        raise UserError(f"no dtype {s.dtype!r}: use one of {', '.join(dtypes)}")
-    folder, dtype = checkpoint_folder(s.model, s.revision), dtypes[s.dtype]
-    if getattr(s, "random_weights", False):  # config.json is enough; the text is the embedded one's
-        dtype = dtype or default_dtype(device)
-        config = config_from_dict(read_json(folder / "config.json"))
-        tokenizer, model = load_tokenizer(TINY), random_model(config, device, dtype)
+    check_choice("dtype", cfg.dtype, DTYPES)
+    dtype = DTYPES[cfg.dtype] or checkpoint.default_dtype(device)
+    folder = checkpoint.checkpoint_folder(cfg.model, cfg.revision)
+    if getattr(cfg, "random_init", False):  # config.json is enough; the text is the embedded one's
+        config = checkpoint.config_from_dict(read_json(folder / "config.json"))
+        tokenizer = checkpoint.load_tokenizer(TINY)
+        model = checkpoint.random_model(config, device, dtype)
     else:
-        tokenizer, model = load_tokenizer(folder), load_model(folder, device, dtype)
-    check_fit(tokenizer, model, s.model)
-    if s.chat and tokenizer.file.token_to_id("<|im_start|>") is None:
+        tokenizer = checkpoint.load_tokenizer(folder)
+        model = checkpoint.load_model(folder, device, dtype)
+    check_fit(tokenizer, model, cfg.model)
+    if cfg.chat and tokenizer.file.token_to_id("<|im_start|>") is None:
         raise UserError("--chat: this tokenizer has no <|im_start|>, so the model knows no ChatML")
-    if getattr(s, "adapter", ""):
-        load_adapter(model, s.adapter)
+    if getattr(cfg, "adapter", ""):
+        load_adapter(model, cfg.adapter)
     return model, tokenizer
+
+
+# ---- The settings of train.py --------------------------------------------------------------------
+def parse_settings(Settings, presets, about):
+    """Return the settings and whether to resume: defaults, then the preset, then the flags."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    text = "continue this run, or the one in --out, or the newest of its name"
+    parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER", help=text)
+    for field in fields(Settings):
+        options = dict(type=type(field.default), metavar=repr(field.default))
+        if isinstance(field.default, bool):
+            options = dict(action="store_true")
+        named = ", ".join(filter(None, field.metadata["choices"] or ()))
+        text = field.metadata["help"] + f": {named}" * bool(named)
+        parser.add_argument(flag_name(field.name), default=argparse.SUPPRESS, help=text, **options)
+    given = vars(parser.parse_args())
+    resume = given.pop("resume")
+    given = presets.get(given.get("preset"), {}) | given
+    cfg = Settings(**given)
+    if resume is not None:
+        cfg = resumed_settings(cfg, given, resume)
+    check(cfg)
+    return cfg, resume is not None
+
+
+def check(cfg):
+    """Raise UserError on a setting that makes no sense."""
+    for field in fields(cfg):
+        if field.metadata.get("choices"):
+            check_choice(field.name, getattr(cfg, field.name), field.metadata["choices"])
+    for words, (fits, names) in LIMITS.items():
+        for name in names.split():
+            value = getattr(cfg, name)
+            if not fits(value):
+                raise UserError(f"{flag_name(name)} {value} is not {words}")
+    if cfg.samples < 2:
+        raise UserError("GRPO compares the samples of a problem: use --samples 2 or more")
+    if cfg.tensorboard and not find_spec("tensorboard"):
+        raise UserError("--tensorboard needs what is not installed here: pip install tensorboard")

@@ -1,108 +1,165 @@
-"""A run folder: its name, its config.json, and the lines that a step adds to its JSONL files."""
+"""What a run leaves in its folder and shows on the screen."""
 
 import platform
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
 
 from credit import METHODS, token_weights
 from lora import lora_parameters
+from run.answers import rates
 from system import processes
 from system.errors import UserError, printable
 from system.files import append, write_json
 
-
-def run_name(s) -> str:
-    """What a run is called that is given no --out: by what it does."""
-    return "-".join([s.credit, Path(s.model).name, Path(s.data).stem, f"seed{s.seed}"])
+FIGURES = "reward {reward:.2f}  accuracy {accuracy:.2f}  gini {gini:.2f}  "
+FIGURES += "eff {effective_token_ratio:.2f}  tok/s {tokens_per_second:.0f}"
 
 
-def new_run(s, model) -> Path:
-    """A run folder with its config.json. One that holds a run is never written into."""
+# ---- The folder ----------------------------------------------------------------------------------
+def run_name(cfg) -> str:
+    """Return what a run without --out is called: what it does."""
+    return "-".join([cfg.credit, Path(cfg.model).name, Path(cfg.data).stem, f"seed{cfg.seed}"])
+
+
+def new_run(cfg, model) -> Path:
+    """Make a run folder with its config.json; UserError if --out already holds a run."""
     if processes.rank() > 0:
-        return Path("runs/of-another-process")  # is not there: nothing is read, nothing written
-    name, count = run_name(s), 1
-    folder = Path(s.out or f"runs/{name}")
-    while not s.out and folder.exists():
-        count += 1
-        folder = Path(f"runs/{name}-{count}")
-    if any((folder / name).exists() for name in ("config.json", "trainer.safetensors")):
-        raise UserError(f"{s.out} holds a run: give another --out, or --resume to go on with it")
+        return Path("runs/of-another-process")  # does not exist: nothing is read, nothing written
+    folder = Path(cfg.out or f"runs/{run_name(cfg)}")
+    number = 1
+    while not cfg.out and folder.exists():
+        number += 1
+        folder = Path(f"runs/{run_name(cfg)}-{number}")
+    if (folder / "config.json").exists() or (folder / "trainer.safetensors").exists():
+        raise UserError(f"{folder} holds a run: give another --out, or --resume to continue it")
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, s, model)
-    return folder
-
-
-def write_config(folder, s, model):
-    """config.json: every setting, and what else it takes to know what was run."""
-    git = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty"]
+    # config.json: every setting, and what else it takes to know what was run.
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
         revision = ""  # git is not installed
-    both = dict(total=model.parameters(), trained=lora_parameters(model).values())
-    count = {name: sum(p.numel() for p in parameters) for name, parameters in both.items()}
-    config = dict(settings=asdict(s), argv=sys.argv, git=revision, parameters=count)
-    config["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
+    trained = sum(p.numel() for p in lora_parameters(model).values())
+    config = {
+        "settings": asdict(cfg), "argv": sys.argv, "git": revision,
+        "parameters": dict(total=sum(p.numel() for p in model.parameters()), trained=trained),
+        "versions": dict(python=platform.python_version(), torch=torch.__version__),
+    }  # fmt: skip
     write_json(folder / "config.json", config)
+    return folder
 
 
-def open_board(s, folder, step):
-    """A TensorBoard writer, if asked for. What it has of steps after this one is taken back."""
-    if not s.tensorboard or processes.rank() > 0:
-        return None
-    from torch.utils.tensorboard import SummaryWriter  # optional, and for this only
-
-    return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-
-
-def record(path, row, board):
-    """Add a line to a JSONL file, and its numbers to TensorBoard if it is used."""
+def recorder(folder, cfg, done):
+    """Return record(name, row), which adds a row to a JSONL file of the run; first process only.
+    With --tensorboard its numbers become events, too; a killed run's after step `done` go."""
     if processes.rank() > 0:
-        return
-    append(path, row)
-    if board:
-        for key, value in row.items():
-            if isinstance(value, (int, float)):
-                board.add_scalar(f"{path.stem}/{key}", value, row["step"])
-        board.flush()
+        return lambda name, row: None
+    writer = None
+    if cfg.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # optional, and for this only
+
+        writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
+
+    def record(name, row):
+        append(folder / name, row)
+        if writer is not None and name != "samples.jsonl":
+            for key, value in row.items():
+                if isinstance(value, (int, float)):
+                    writer.add_scalar(f"{Path(name).stem}/{key}", value, row["step"])
+            writer.flush()
+
+    return record
 
 
-def numbers(x, row, n) -> list[float]:
-    """The first n numbers of a row of x (B, T), to 4 decimals."""
-    return [round(value, 4) for value in x[row, :n].tolist()]
+# ---- Samples -------------------------------------------------------------------------------------
+def numbers(x) -> list[float]:
+    """Return the numbers of a tensor (T,) to 4 decimals."""
+    return [round(value, 4) for value in x.tolist()]
 
 
-def sample_rows(r, chosen, known, s, tokenizer):
-    """The chosen rows of a rollout as samples.jsonl has them: the completion, what is known of its
-    tokens, and every rule's multipliers at sharpening 1 and 2 (`weights` are those of the run)."""
-    rules = {name: [token_weights(name, known, p) for p in (1, 2)] for name in METHODS}
-    own = token_weights(s.credit, known, s.sharpening)
+def sample_rows(rollout, chosen, signals, cfg, tokenizer):
+    """Yield the chosen rows of a rollout as samples.jsonl has them: the completion, the signals of
+    its tokens, the run's multipliers (`weights`), and every rule's at sharpening 1 and 2."""
+    own = token_weights(cfg.credit, signals, cfg.sharpening)
+    rules = {name: [token_weights(name, signals, p) for p in (1, 2)] for name in METHODS}
     for row in chosen:
-        n, p = int(r.completions.lengths[row]), r.problems[row // r.rewards.shape[1]]
-        tokens = [tokenizer.decode([t]) for t in r.completions.tokens[row, :n].tolist()]
-        sample = dict(problem=p["problem"], gold=p["answer"], text=r.texts[row], tokens=tokens)
-        sample.update(reward=r.rewards.flatten()[row].item(), credit=s.credit)
-        sample.update(weights=numbers(own, row, n), advantage=round(known.advantage[row].item(), 4))
-        for name in ("logp", "entropy", "residual"):
-            sample[name] = numbers(getattr(known, name), row, n)
-        sample["rules"] = {name: [numbers(m, row, n) for m in pair] for name, pair in rules.items()}
-        yield sample
+        problem = rollout.problems[row // rollout.rewards.shape[1]]
+        at = (row, slice(rollout.completions.lengths[row]))  # its tokens
+        tokens = [tokenizer.decode([i]) for i in rollout.completions.tokens[at].tolist()]
+        yield {
+            "problem": problem["problem"], "gold": problem["answer"], "text": rollout.texts[row],
+            "tokens": tokens, "reward": rollout.rewards.flatten()[row].item(), "credit": cfg.credit,
+            "weights": numbers(own[at]), "advantage": round(signals.advantage[row].item(), 4),
+            "logp": numbers(signals.logp[at]), "entropy": numbers(signals.entropy[at]),
+            "residual": numbers(signals.residual[at]),
+            "rules": {name: [numbers(x[at]) for x in pair] for name, pair in rules.items()},
+        }  # fmt: skip
 
 
-def keep_samples(r, known, s, tokenizer, step, folder):
-    """Write a wrong and a right completion of a problem that has both, if there is one; say one."""
+def keep_samples(record, rollout, signals, cfg, tokenizer, step):
+    """Record the worst and the best completion of the group with most spread; print the best."""
     if processes.rank() > 0:
         return
-    mixed = r.rewards.std(dim=1).argmax().item() * r.rewards.shape[1]  # its first row
-    rewards = r.rewards.flatten()[mixed : mixed + r.rewards.shape[1]]
-    chosen = [mixed + int(i) for value in (0, 1) for i in (rewards == value).nonzero()[:1, 0]]
-    for sample in sample_rows(r, chosen, known, s, tokenizer):
-        append(folder / "samples.jsonl", dict(step=step) | sample)
+    group = int(rollout.rewards.std(dim=1).argmax())
+    rewards = rollout.rewards[group].tolist()
+    ends = (rewards.index(min(rewards)), rewards.index(max(rewards)))  # one if all are equal
+    chosen = [group * len(rewards) + i for i in dict.fromkeys(ends)]
+    for sample in sample_rows(rollout, chosen, signals, cfg, tokenizer):
+        record("samples.jsonl", dict(step=step) | sample)
     tqdm.write(printable(f"step {step:4d}  {sample['problem']}  (gold {sample['gold']})"))
     text = printable(" ".join(sample["text"].split())[:300])
     tqdm.write(f"  reward {sample['reward']:g}: {text}")
+
+
+# ---- The screen ----------------------------------------------------------------------------------
+def show(bar, metrics, accuracy):
+    """Set the figures of the progress bar; where there is none, print a line every five steps."""
+    text = FIGURES.format(accuracy=accuracy, **metrics)
+    bar.set_postfix_str(text)
+    if bar.disable and metrics["step"] % 5 == 0:
+        print(f"step {metrics['step']:4d}  {text}", flush=True)
+
+
+def show_evaluation(step, result):
+    """Print what an evaluation on the held-out problems found."""
+    said = ", ".join(f"{key} {rate}" for key, rate in rates(result).items())
+    tqdm.write(f"step {step:4d}  held-out {said}, {result['n']} problems")
+
+
+def warn(history, model):
+    """Warn of what would otherwise fail in silence; UserError when to continue is pointless."""
+    last = history[-5:]
+    if [row["reward"] for row in last] == [0] * 5:
+        tqdm.write("WARNING: no reward in 5 steps: wrong prompt (--chat?), or problems too hard?")
+    if last[-1]["truncated"] > 0.5:
+        tqdm.write("WARNING: over half of the completions were cut off: raise --max-new-tokens")
+    if last[-1]["skipped"]:
+        tqdm.write("WARNING: the loss or gradient was not finite; this step was skipped")
+    if [row["skipped"] for row in last] == [1] * 5:
+        raise UserError("loss or gradient not finite in 5 steps in a row: lower --lr")
+    if len(history) == 3 and any(row["groups_mixed"] for row in history):
+        B = [p for name, p in lora_parameters(model).items() if "lora_B" in name]
+        if not any(p.any() for p in B):
+            tqdm.write("WARNING: LoRA's B is still zero after 3 steps: no gradient reaches it")
+
+
+def summary(folder, history, evals, cfg):
+    """Print the table at the end of a run, and what to try next."""
+    rewards = [row["reward"] for row in history]
+    print(f"\n{'':22}{'before':>23}{'after':>23}")
+    after = rates(evals[-1])
+    for key, rate in rates(evals[0]).items():
+        print(f"held-out {key:13}{rate:>23}{after[key]:>23}")
+    print(f"reward, 5 steps       {fmean(rewards[:5]):>23.3f}{fmean(rewards[-5:]):>23.3f}")
+    gini = fmean(row["gini"] for row in history)
+    ratio = fmean(row["effective_token_ratio"] for row in history)
+    print(f"\n{cfg.credit}: Gini {gini:.3f}, effective-token ratio {ratio:.3f} (mean of the steps)")
+    print(f"run folder: {folder}")
+    print(f"next: python -m view {folder}  (shows which tokens received credit)")
+    print(f"      python train.py --credit {'arca' if cfg.credit == 'uniform' else 'uniform'}")
