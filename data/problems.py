@@ -5,7 +5,6 @@ JSONL file, the embedded set (`tiny`) or the Hub (`math`, `math500`, `gsm8k`).
 """
 
 import json
-import math
 import random
 import unicodedata
 from pathlib import Path
@@ -16,104 +15,96 @@ from verifier.extract import last_boxed
 
 TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint and its problems
 # The prompt of the ARCA authors. The embedded model was pretrained on it.
-PROMPT = (
-    "Solve this math problem step by step. Put your final answer in \\boxed{}.\n\n"
-    "Problem: {problem}\n"
-)
+PROMPT = "Solve this math problem step by step. Put your final answer in \\boxed{}.\n\n"
+PROMPT += "Problem: {problem}\n"
 # GCPO's negative prompt (arXiv 2605.29198), by the suffix that its code falls back to.
 NEGATIVE = PROMPT.replace("{problem}", "{problem}, but generate the wrong answer")
-# A turn of Qwen's and SmolLM2's chat models.
-CHATML = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-# name: repository on the Hub, the files of a split, and the columns that we read
-HUB = {
-    "math": (
-        "DigitalLearningGmbH/MATH-lighteval",
-        "data/{}-*.parquet",
-        "problem solution level type",
-    ),
-    "math500": ("HuggingFaceH4/MATH-500", "test.jsonl", "problem answer level subject"),
-    "gsm8k": ("openai/gsm8k", "main/{}-*.parquet", "question answer"),
-}
+CHATML = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"  # as Qwen chats
+# name: repository on the Hub, the files of a split, the columns that we read
+HUB = dict(
+    math=("DigitalLearningGmbH/MATH-lighteval", "data/{}-*.parquet", "problem solution level type"),
+    math500=("HuggingFaceH4/MATH-500", "test.jsonl", "problem answer level subject"),
+    gsm8k=("openai/gsm8k", "main/{}-*.parquet", "question answer"),
+)
 
 
 def prompt_text(problem: str, chat=False, prompt=PROMPT) -> str:
-    """The text before the completion; with chat=True as a user's turn in ChatML."""
+    """Return the text before the completion; with chat=True it is a user's turn in ChatML."""
     text = prompt.replace("{problem}", problem)
     return CHATML.replace("{prompt}", text) if chat else text
 
 
-def gold_answer(row: dict) -> str | None:
-    """Its `answer` (in GSM8K what follows ####), or else the last box of its `solution`; None if
-    there is neither, or an answer that is no text and no number."""
-    answer = row.get("answer")
-    if answer is None:
-        return last_boxed(str(row.get("solution", "")))
-    number = type(answer) in (int, float) and abs(answer) < math.inf
-    if not number and not isinstance(answer, str):
-        return None
-    return str(answer).split("####")[-1].strip()
+def add_prompts(problem: dict, tokenizer, chat=False) -> dict:
+    """Add the token ids of a problem's `prompt` and of its `negative` one; return the problem."""
+    problem["prompt"] = tokenizer.encode(prompt_text(problem["problem"], chat))
+    problem["negative"] = tokenizer.encode(prompt_text(problem["problem"], chat, NEGATIVE))
+    return problem
 
 
 def as_problem(row: dict, where: str) -> dict:
-    """A row of any data set as a problem; UserError says where the row is that is none."""
-    text, answer = row.get("problem", row.get("question")), gold_answer(row)
-    if not isinstance(text, str) or not text.strip() or answer is None:
-        raise UserError(
-            f"{where} is not a problem: it needs `problem`, and `answer` or a boxed `solution`"
-        )
-    return {**row, "problem": text, "answer": answer}
+    """Return a row of any data set as a problem; UserError, naming the place, if it is not one. The
+    gold is its `answer` (in GSM8K what follows ####), or else the last box of its `solution`."""
+    text = row.get("problem", row.get("question"))
+    answer = row.get("answer")
+    if answer is None:
+        answer = last_boxed(str(row.get("solution", "")))
+    elif type(answer) in (int, float) and abs(answer) < float("inf"):
+        answer = str(answer)
+    if not isinstance(text, str) or not text.strip() or not isinstance(answer, str):
+        wanted = "`problem`, and `answer` or a boxed `solution`"
+        raise UserError(f"{where} is not a problem: it needs {wanted}")
+    return {**row, "problem": text, "answer": answer.split("####")[-1].strip()}
 
 
-def json_rows(path: Path) -> list[tuple]:
-    """(object, where it is) of a JSONL file; UserError says which line holds none."""
-    rows = []
+def json_rows(path: Path) -> list[tuple[dict, str]]:
+    """Read a JSONL file: (object, where it is); UserError names a line that holds no object."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): give a JSONL file") from None
+    rows = []
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would split at U+2028 too
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number} is no JSON object: mend or remove it")
-            rows.append((row, f"{path}, line {number}"))
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            rows.append(({**json.loads(line)}, where))  # TypeError for all but an object
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(f"{where} is no JSON object: mend or remove it") from None
     return rows
 
 
-def parquet_rows(path: Path) -> list[tuple]:
-    """(dict, where it is) of a parquet file, which only the Hub's MATH and GSM8K are."""
+def parquet_rows(path: Path) -> list[tuple[dict, str]]:
+    """Read a parquet file, which only the Hub's MATH and GSM8K are: (dict, where it is)."""
     try:
-        from pyarrow.parquet import read_table
+        from pyarrow.parquet import read_table  # optional, and for this only
 
         rows = read_table(path).to_pylist()
     except ImportError:
         raise UserError(f"{path.name}: pip install pyarrow, or give a JSONL file") from None
     except Exception as error:  # several kinds
         raise UserError(f"{path} is damaged ({error}): get it again") from None
-    return [(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
+    return [(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 
 
-def hub_rows(name: str, split: str) -> list[tuple]:
-    """(dict of the columns we read, where it is) of a split of a data set in HUB."""
+def hub_rows(name: str, split: str) -> list[tuple[dict, str]]:
+    """Read a split of a data set in HUB: (dict of the columns that we read, where it is)."""
     repo, files, columns = HUB[name]
-    files, rows = files.format(split), []
-    folder = hub_folder(repo, needed=[files], kind="dataset")
-    for path in sorted(folder.glob(files)):
-        rows += json_rows(path) if path.suffix == ".jsonl" else parquet_rows(path)
-    return [({k: row[k] for k in columns.split() if k in row}, where) for row, where in rows]
+    files = files.format(split)
+    rows = []
+    for path in sorted(hub_folder(repo, needed=[files], kind="dataset").glob(files)):
+        for row, where in json_rows(path) if path.suffix == ".jsonl" else parquet_rows(path):
+            rows.append(({key: row[key] for key in columns.split() if key in row}, where))
+    return rows
 
 
 def load_problems(source: str, split="train") -> list[dict]:
-    """The problems of `tiny`, `math`, `math500` or `gsm8k` in a split, or of a JSONL file."""
+    """Load the problems of `tiny`, `math`, `math500` or `gsm8k` in a split, or of a JSONL file."""
+    path = TINY / f"{split}.jsonl" if source == "tiny" else Path(source)
     if source in HUB:
         rows = hub_rows(source, split)
-    elif source == "tiny":
-        rows = json_rows(TINY / f"{split}.jsonl")
-    elif Path(source).is_file():
-        rows = json_rows(Path(source))
+    elif path.is_file():
+        rows = json_rows(path)
     else:
         raise UserError(f"no data {source}: give a JSONL file, or one of tiny, {', '.join(HUB)}")
     problems = [as_problem(row, where) for row, where in rows]
@@ -125,56 +116,45 @@ def load_problems(source: str, split="train") -> list[dict]:
     return gradable
 
 
-def add_prompts(p: dict, tokenizer, chat=False):
-    """Give a problem the token ids of its `prompt`, and of the `negative` one; returns it."""
-    p["prompt"] = tokenizer.encode(prompt_text(p["problem"], chat))
-    p["negative"] = tokenizer.encode(prompt_text(p["problem"], chat, NEGATIVE))
-    return p
-
-
 def same_text(problem: str) -> str:
-    """What two problems share that differ in spacing, case or forms of a character only."""
+    """Return what problems share that differ only in spacing, case or forms of a character."""
     return "".join(unicodedata.normalize("NFKC", problem).casefold().split())
 
 
-def load_split(s, tokenizer):
-    """(problems to train on, held-out ones, what was left out) for the Settings of train.py, each
-    problem with its prompts' token ids.
+def load_split(cfg, tokenizer):
+    """Return problems to train on, held-out ones (both with prompt ids), and what was left out.
 
-    Without --eval-data the held-out ones are the test split of a named set, or every tenth line of
-    a file. A problem that is evaluated on is never trained on; long prompts are left out.
-    """
-    train = load_problems(s.data, "train")
-    if s.eval_data:
-        test = load_problems(s.eval_data, "test")
-    elif Path(s.data).is_file():
-        train, test = [p for i, p in enumerate(train) if i % 10], train[::10]
+    Without --eval-data the test split of a named set is held out, or every tenth line of a file. A
+    problem that is evaluated on is never trained on. Long prompts are left out, not cut off."""
+    train = load_problems(cfg.data, "train")
+    if not cfg.eval_data and Path(cfg.data).is_file():
+        test = train[::10]
+        train = [p for i, p in enumerate(train) if i % 10]
     else:
-        test = load_problems(s.data, "test")
-    for p in train + test:
-        add_prompts(p, tokenizer, s.chat)
-    fits = [[p for p in ps if len(p["prompt"]) <= s.max_prompt_tokens] for ps in (train, test)]
-    long = [len(ps) - len(short) for ps, short in zip((train, test), fits, strict=True)]
-    test = fits[1][: s.eval_problems]
-    seen = {same_text(p["problem"]) for p in test}
-    usable = [p for p in fits[0] if same_text(p["problem"]) not in seen]
-    left_out = f"{long[0]} too long, {len(fits[0]) - len(usable)} evaluated on"
-    if not usable or not test:
+        test = load_problems(cfg.eval_data or cfg.data, "test")
+    for problem in train + test:
+        add_prompts(problem, tokenizer, cfg.chat)
+    short = [p for p in train if len(p["prompt"]) <= cfg.max_prompt_tokens]
+    short_test = [p for p in test if len(p["prompt"]) <= cfg.max_prompt_tokens]
+    held_out = short_test[: cfg.eval_problems]
+    seen = {same_text(p["problem"]) for p in held_out}
+    usable = [p for p in short if same_text(p["problem"]) not in seen]
+    left_out = f"{len(train) - len(short)} too long, {len(short) - len(usable)} evaluated on"
+    if len(short_test) < len(test):
+        left_out += f", {len(test) - len(short_test)} too long to evaluate on"
+    if not usable or not held_out:
         flags = "--data, --eval-data and --max-prompt-tokens"
-        counts = f"{left_out}; to evaluate on {long[1]} too long"
-        raise UserError(f"no problem is left to train or to evaluate on ({counts}): check {flags}")
-    held_out = f", {long[1]} too long to evaluate on" if long[1] else ""
-    return usable, test, f"{len(usable)} problems (left out: {left_out}{held_out})"
+        raise UserError(f"no problem to train or to evaluate on ({left_out}): check {flags}")
+    return usable, held_out, f"{len(usable)} problems (left out: {left_out})"
 
 
 def problems_of_step(problems, count, seed, step):
-    """The `count` problems of step 1, 2, ...; each epoch is a shuffle decided by (seed, epoch)."""
-    first, last = (step - 1) * count, step * count  # of the problems of all epochs in a row
-    epochs = range(first // len(problems), (last - 1) // len(problems) + 1)
-    row = []
-    for epoch in epochs:
+    """Return the `count` problems of step 1, 2, ...; (seed, epoch) decides an epoch's shuffle."""
+    epoch, start = divmod((step - 1) * count, len(problems))
+    row = []  # the problems of this epoch, and of the next ones as far as needed
+    while len(row) < start + count:
         order = list(problems)
         random.Random(f"{seed} {epoch}").shuffle(order)
         row += order
-    start = first - epochs[0] * len(problems)
+        epoch += 1
     return row[start : start + count]
