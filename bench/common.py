@@ -58,11 +58,26 @@ def adapted(model, rank=16, alpha=32.0):
 
 
 def settings(**changes):
-    """What grpo.py reads of train.py's Settings; plain GRPO on a rollout that is used once."""
-    s = dict(samples=8, max_new_tokens=64, temperature=1.0, top_p=1.0, seed=1, credit="uniform")
-    s |= dict(sharpening=1.0, aggregate="seq", updates=1, clip_low=0.2, clip_high=0.28, kl=0.0)
-    s |= dict(grad_clip=1.0, arca_layer="final", micro_tokens=2048)
-    return SimpleNamespace(**(s | changes))
+    """Return what grpo.py reads of train.py's Settings: plain GRPO, each rollout used once."""
+    cfg = SimpleNamespace(
+        samples=8,
+        max_new_tokens=64,
+        temperature=1.0,
+        top_p=1.0,
+        seed=1,
+        credit="uniform",
+        sharpening=1.0,
+        aggregate="seq",
+        epochs_per_rollout=1,
+        clip_eps_low=0.2,
+        clip_eps_high=0.28,
+        kl_coef=0.0,
+        max_grad_norm=1.0,
+        micro_batch_tokens=2048,
+    )
+    assert changes.keys() <= vars(cfg).keys()
+    vars(cfg).update(changes)
+    return cfg
 
 
 @dataclass(eq=False)
@@ -77,7 +92,7 @@ class Work:
     problems: list[dict]  # with the token ids of their prompts
     samples: int
     tokens: int  # at most, of a completion
-    micro_tokens: int
+    micro_batch_tokens: int
 
     def prompts(self):
         return [p["prompt"] for p in self.problems]

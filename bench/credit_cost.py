@@ -11,10 +11,12 @@ of all tokens at once.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import credit
 import grpo
@@ -39,48 +41,57 @@ def setting_up(args):
     return adapted(model), tokenizer, problems
 
 
-def authors_update(model, r, advantages, s):
+def authors_update(model, rollout, advantages, cfg):
     """ARCA's update as its authors' code does it: three forward passes, and full logits."""
-    c, learns = r.completions, torch.ones(len(advantages), dtype=torch.bool)
-    for rows in grpo.micro_batches(r, learns, s.micro_tokens):
-        b = grpo.make_batch(r, rows, model.device)
-        prompts = [r.problems[i]["prompt"] for i in (rows // r.rewards.shape[1]).tolist()]
-        texts = [[*p, *y] for p, y in zip(prompts, c.tokens[rows].tolist(), strict=True)]
-        texts = [
-            torch.tensor(text[: len(text) - c.tokens.shape[1] + b.mask.shape[1]]) for text in texts
-        ]
-        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(model.device)
+    completions = rollout.completions
+    all_rows = torch.ones(len(advantages), dtype=torch.bool)
+    for rows in grpo.split(rollout, all_rows, cfg.micro_batch_tokens):
+        # 1) Prompts and completions, right-padded, and the places that predict their tokens.
+        batch = grpo.make_batch(rollout, rows, model.device)
+        T = batch.mask.shape[1]
+        problems = (rows // rollout.rewards.shape[1]).tolist()
+        prompts = [torch.tensor(rollout.problems[i]["prompt"]) for i in problems]
+        pairs = zip(prompts, completions.tokens[rows, :T], strict=True)
+        ids = pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True)
+        ids = ids.to(model.device)  # (b, L)
         starts = torch.tensor([len(p) for p in prompts], device=model.device)[:, None]
-        at = (starts - 1 + torch.arange(b.mask.shape[1], device=model.device))[:, :, None]
-        logits = model.logits(model(ids)).float() / s.temperature  # (b, L, V)
+        at = (starts - 1 + torch.arange(T, device=model.device))[:, :, None]  # (b, T, 1)
+        # 2) The pass that trains.
+        logits = model.logits(model(ids)).float() / cfg.temperature  # (b, L, V)
         logps = torch.log_softmax(logits, dim=-1)
         picked = logps.gather(1, at.expand(-1, -1, logps.shape[-1]))  # (b, T, V)
-        picked = picked.gather(2, b.targets[:, :, None])[:, :, 0]
+        picked = picked.gather(2, batch.targets[:, :, None])[:, :, 0]  # (b, T)
+        # 3) Two more for the residual.
         with torch.no_grad():
-            adapted = model(ids)
+            adapted_states = model(ids)
             with adapter_off(model):
-                base = model(ids)
-            residual = (adapted - base).norm(dim=-1).gather(1, at[:, :, 0]) * b.mask
-        w = residual / residual.sum(dim=1, keepdim=True).clamp(min=1e-8)
-        A = advantages[rows, None].to(w.device)
-        (-(A * w * picked * b.mask).sum() / len(c.lengths)).backward()
+                base_states = model(ids)
+            residual = (adapted_states - base_states).norm(dim=-1)  # (b, L)
+            residual = residual.gather(1, at[:, :, 0]) * batch.mask
+        weights = residual / residual.sum(dim=1, keepdim=True).clamp(min=1e-8)
+        token_advantages = advantages[rows, None].to(model.device) * weights
+        loss = -(token_advantages * picked * batch.mask).sum() / len(advantages)
+        loss.backward()
     model.zero_grad(set_to_none=True)
 
 
-def one_round(model, tokenizer, problems, s, given=None):
-    """Seconds of rollout (unless the rollout is given) and of update by rule, on the same
-    completions."""
+def one_round(model, tokenizer, problems, cfg, given=None):
+    """Return, by rule, the seconds of the rollout (0 if it is given) and of the update, all on the
+    same completions."""
     optimizer = torch.optim.SGD(lora_parameters(model).values(), lr=0.0)
     seconds = {}
     for method in ("uniform", *credit.METHODS):  # the first one finds memory as others left it
-        s.credit = method
-        sample = lambda: grpo.rollout(model, tokenizer, problems, s, 1)  # noqa: E731
-        sampling, r = (0.0, given) if given else timed(sample, model.device)
-        r.rewards = (torch.arange(r.rewards.numel()) % 2.0).view(r.rewards.shape)  # all learn
-        A = grpo.group_advantages(r.rewards).flatten()
-        train = lambda r=r, A=A: grpo.update(model, optimizer, r, A, s)  # noqa: E731
+        cfg.credit = method
+        sampling, rollout = 0.0, given
+        if given is None:
+            sample = partial(grpo.sample_rollout, model, tokenizer, problems, cfg, 1)
+            sampling, rollout = timed(sample, model.device)
+        rewards = torch.arange(rollout.rewards.numel()) % 2.0  # so that all of them learn
+        rollout.rewards = rewards.view(rollout.rewards.shape)
+        advantages = grpo.group_advantages(rollout.rewards).flatten()
+        train = partial(grpo.update, model, optimizer, rollout, advantages, cfg)
         seconds[method] = (sampling, timed(train, model.device)[0])
-    train = lambda: authors_update(model, r, A, s)  # noqa: E731
+    train = partial(authors_update, model, rollout, advantages, cfg)
     seconds["arca, the authors' way"] = (sampling, timed(train, model.device)[0])
     return seconds
 
@@ -94,18 +105,19 @@ def main():
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=64, help="with --shape")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--micro-tokens", type=int, default=2048)
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--updates-only", action="store_true", help="one rollout for all of them")
     args = parser.parse_args()
     model, tokenizer, problems = setting_up(args)
-    s = settings(samples=args.samples, max_new_tokens=args.max_new_tokens)
-    s.micro_tokens, given = args.micro_tokens, None
+    cfg = settings(samples=args.samples, max_new_tokens=args.max_new_tokens)
+    cfg.micro_batch_tokens = args.micro_batch_tokens
+    given = None
     if args.updates_only:  # with all that any rule reads of the sampler
-        s.credit = "eapo"  # it sees the whole step, for which the sampler keeps more
-        given = grpo.rollout(model, tokenizer, problems, s, 1, compare=True)
-    one_round(model, tokenizer, problems, s, given)  # kernels are chosen anew for each shape
-    rounds = [one_round(model, tokenizer, problems, s, given) for _ in range(args.rounds)]
+        cfg.credit = "eapo"  # it sees the whole step, for which the sampler keeps more
+        given = grpo.sample_rollout(model, tokenizer, problems, cfg, 1, compare=True)
+    one_round(model, tokenizer, problems, cfg, given)  # kernels are chosen anew for each shape
+    rounds = [one_round(model, tokenizer, problems, cfg, given) for _ in range(args.rounds)]
 
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads,", end=" ")
     print(f"{args.shape or 'data/tiny'}, {args.prompts} x {args.samples} completions,", end=" ")

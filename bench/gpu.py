@@ -4,7 +4,7 @@
     python bench/gpu.py paper      # a step of the paper's run on random weights
 
 `paper` is one step of ARCA at the paper's shape: 8 prompts x 4 completions that nothing ends,
-rank 64; its update also with activation checkpointing. Its three parts are sampling, the update
+rank 64; its update also with --gradient-checkpointing. Its three parts are sampling, the update
 without credit (`uniform`), and scoring: ARCA's base pass, the update with it minus the one without.
 """
 
@@ -25,6 +25,7 @@ from bench.ours import half_right
 from data.problems import TINY, add_prompts, load_problems
 from hf.checkpoint import load_model, load_tokenizer, random_model
 from lora import add_lora, lora_parameters
+from run.metrics import measure
 from sample import generate
 from system.errors import run_cli
 
@@ -51,23 +52,24 @@ def logits_apart(device, problems):
     return float(max(apart))
 
 
-def step_on(device, dtype, r, s, adapter=True):
+def step_on(device, dtype, rollout, cfg, adapter=True):
     """An update of plain SGD: metrics, the signals of the step, and how the parameters moved."""
     model = tiny(device, dtype, adapter)
     parameters = list(lora_parameters(model).values())
     before = torch.cat([p.detach().flatten().cpu() for p in parameters])
-    r, advantages = half_right(copy.copy(r))
+    rollout, advantages = half_right(copy.copy(rollout))
     sgd = torch.optim.SGD(parameters, lr=1.0)
-    metrics, known, _ = grpo.update(model, sgd, r, advantages, s)
+    metrics, signals, _ = grpo.update(model, sgd, rollout, advantages, cfg)
+    metrics |= measure(rollout, signals)
     after = torch.cat([p.detach().flatten().cpu() for p in parameters])
-    return metrics, known, after - before
+    return metrics, signals, after - before
 
 
-def same_alone(device, dtype, problems, s):
+def same_alone(device, dtype, problems, cfg):
     """The share of completions that are the same tokens when each prompt is sampled alone, and
     whether sampling twice gives the same bytes."""
-    model, prompts, G = tiny(device, dtype), [p["prompt"] for p in problems], s.samples
-    how = dict(n=G, max_new_tokens=s.max_new_tokens, eos_ids=load_tokenizer(TINY).eos_ids, seed=1)
+    model, prompts, G = tiny(device, dtype), [p["prompt"] for p in problems], cfg.samples
+    how = dict(n=G, max_new_tokens=cfg.max_new_tokens, eos_ids=load_tokenizer(TINY).eos_ids, seed=1)
     together, again = (generate(model, prompts, **how) for _ in range(2))
     texts, same = rows(together), []
     for i, prompt in enumerate(prompts):
@@ -84,19 +86,20 @@ def rows(c):
 
 def parity_of(device, dtype, problems, worst):
     """Checks (what, found, at most) of one dtype; worst: of logp_mismatch."""
-    s = settings(samples=4, max_new_tokens=32, credit="arca")
-    r = grpo.rollout(tiny(device, dtype), load_tokenizer(TINY), problems, s, 1)
-    metrics, _, there = step_on(device, dtype, r, s)
+    cfg = settings(samples=4, max_new_tokens=32, credit="arca")
+    model, tokenizer = tiny(device, dtype), load_tokenizer(TINY)
+    rollout = grpo.sample_rollout(model, tokenizer, problems, cfg, 1)
+    metrics, _, there = step_on(device, dtype, rollout, cfg)
     checks = [("logp_mismatch, largest", metrics["logp_mismatch"], worst)]
     checks += [("logp_mismatch, mean", metrics["logp_mismatch_mean"], worst / 20)]
-    _, known, _ = step_on(device, dtype, r, s, adapter=False)
-    checks += [("residual at B = 0", float(known.residual.abs().max()), 0.0)]
-    alone, twice = same_alone(device, dtype, problems, s)
+    _, signals, _ = step_on(device, dtype, rollout, cfg, adapter=False)
+    checks += [("residual at B = 0", float(signals.residual.abs().max()), 0.0)]
+    alone, twice = same_alone(device, dtype, problems, cfg)
     checks += [("sampled twice, bytes that differ", 1 - twice, 0.0)]
     # In bf16 a batch of another shape rounds otherwise, and a token turns: only reported.
     checks += [("completions that change when alone", 1 - alone, 0.05 if dtype == "fp32" else 1)]
     if dtype == "fp32":
-        here = step_on("cpu", dtype, r, s)[2]
+        here = step_on("cpu", dtype, rollout, cfg)[2]
         apart = float((there - here).norm() / here.norm())
         checks += [("gradient, CPU and device, relative", apart, 1e-3)]
         checks += [("logits, CPU and device", logits_apart(device, problems), 1e-3)]
@@ -119,11 +122,14 @@ def parity(args):
 # ---- The paper's shape ---------------------------------------------------------------------------
 
 
-UPDATES = {"uniform": dict(credit="uniform"), "arca": dict(credit="arca")}
-UPDATES |= {"arca, --checkpoint": dict(credit="arca")}
+UPDATES = {
+    "uniform": dict(credit="uniform"),
+    "arca": dict(credit="arca"),
+    "arca, checkpointing": dict(credit="arca"),
+}
 
 
-def paper_step(model, problems, s):
+def paper_step(model, problems, cfg):
     """Seconds and peak memory of sampling and of each update; infinite where memory ran out."""
     optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=0.0)
     seconds, peak = {}, {}
@@ -138,11 +144,12 @@ def paper_step(model, problems, s):
         peak[name] = common.held(model.device, "VmHWM")
         return result
 
-    r = measured("sampling", lambda: grpo.rollout(model, TEXT, problems, s, 1))
-    r, advantages = half_right(r)
+    rollout = measured("sampling", lambda: grpo.sample_rollout(model, TEXT, problems, cfg, 1))
+    rollout, advantages = half_right(rollout)
     for name, changes in UPDATES.items():
-        how, model.checkpoint = settings(**vars(s) | changes), "--checkpoint" in name
-        measured(name, lambda how=how: grpo.update(model, optimizer, r, advantages, how))
+        how = settings(**vars(cfg) | changes)
+        model.gradient_checkpointing = "checkpointing" in name
+        measured(name, lambda how=how: grpo.update(model, optimizer, rollout, advantages, how))
     return seconds, peak
 
 
@@ -158,10 +165,11 @@ def paper_work(args):
 def paper(args):
     """A table of a step at the paper's shape; returns whether no memory ran out."""
     model, problems = paper_work(args)
-    s = settings(samples=args.samples, max_new_tokens=args.tokens, top_p=0.95)
-    s.micro_tokens, weights = args.micro_tokens, common.held(args.device)
-    paper_step(model, problems, settings(**vars(s) | dict(max_new_tokens=args.warm_tokens)))
-    found = [paper_step(model, problems, s) for _ in range(args.rounds)]
+    cfg = settings(samples=args.samples, max_new_tokens=args.tokens, top_p=0.95)
+    cfg.micro_batch_tokens = args.micro_batch_tokens
+    weights = common.held(args.device)
+    paper_step(model, problems, settings(**vars(cfg) | dict(max_new_tokens=args.warm_tokens)))
+    found = [paper_step(model, problems, cfg) for _ in range(args.rounds)]
     seconds = {k: statistics.median(one[k] for one, _ in found) for k in found[0][0]}
     line("what", "value", "note")
     line(*["---"] * 3)
@@ -182,8 +190,8 @@ def paper_rows(args, seconds):
     line("sampling, s", number(seconds["sampling"]), f"{tokens / seconds['sampling']:.0f} tokens/s")
     line("scoring, s", number(score), "ARCA's base pass")
     line("update, s", number(seconds["uniform"]), "without scoring")
-    longer = seconds["arca, --checkpoint"]
-    line("update, --checkpoint, s", number(longer - score), "without scoring")
+    longer = seconds["arca, checkpointing"]
+    line("update, checkpointing, s", number(longer - score), "without scoring")
 
 
 def shares(model, args, seconds):
@@ -204,8 +212,16 @@ def shares(model, args, seconds):
 
 # ---- The command line ----------------------------------------------------------------------------
 
-SMALL = dict(shape="small", prompts=2, samples=2, prompt_tokens=8, tokens=4, warm_tokens=2)
-SMALL |= dict(rank=4, rounds=1)
+SMALL = dict(
+    shape="small",
+    prompts=2,
+    samples=2,
+    prompt_tokens=8,
+    tokens=4,
+    warm_tokens=2,
+    rank=4,
+    rounds=1,
+)
 
 
 def main():
@@ -222,7 +238,7 @@ def main():
     parser.add_argument(
         "--warm-tokens", type=int, default=512, help="of a step that is not counted"
     )
-    parser.add_argument("--micro-tokens", type=int, default=8192)
+    parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()

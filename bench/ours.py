@@ -14,6 +14,7 @@ from bench import common
 from bench.common import timed
 from bench.credit_cost import authors_update
 from lora import adapter_off, lora_parameters
+from run.metrics import diagnose, measure
 from sample import generate
 
 
@@ -31,49 +32,55 @@ def sampler(work, adapter=False):
     return job
 
 
-def half_right(r):
+def half_right(rollout):
     """The rollout with every second completion right, and its advantages (B,)."""
-    r.rewards = (torch.arange(r.rewards.numel()) % 2.0).view(r.rewards.shape)
-    return r, grpo.group_advantages(r.rewards).flatten()
+    rollout.rewards = (torch.arange(rollout.rewards.numel()) % 2.0).view(rollout.rewards.shape)
+    return rollout, grpo.group_advantages(rollout.rewards).flatten()
 
 
 def settings(work, credit):
-    sizes = dict(samples=work.samples, max_new_tokens=work.tokens, micro_tokens=work.micro_tokens)
-    return common.settings(credit=credit, **sizes)
+    return common.settings(
+        credit=credit,
+        samples=work.samples,
+        max_new_tokens=work.tokens,
+        micro_batch_tokens=work.micro_batch_tokens,
+    )
 
 
 def step(work, credit):
-    """A whole step of GRPO: rollout, grades, advantages, update."""
-    model, s = work.model, settings(work, credit)
+    """A whole step of GRPO: rollout, grades, advantages, update, metrics."""
+    model, cfg = work.model, settings(work, credit)
     optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=0.0)
 
     def once(free, turn):
-        rollout = grpo.rollout(model, work.ends(free), work.problems, s, turn)
-        r, advantages = half_right(rollout)
-        grpo.update(model, optimizer, r, advantages, s)
-        return r
+        rollout = grpo.sample_rollout(model, work.ends(free), work.problems, cfg, turn)
+        rollout, advantages = half_right(rollout)
+        _, signals, multipliers = grpo.update(model, optimizer, rollout, advantages, cfg)
+        measure(rollout, signals)
+        diagnose(rollout, signals, multipliers, cfg, work.tokenizer)
+        return rollout
 
     def job(free, turn):
-        seconds, r = timed(lambda: once(free, turn), work.device)
-        return seconds, int(r.completions.lengths.sum())
+        seconds, rollout = timed(lambda: once(free, turn), work.device)
+        return seconds, int(rollout.completions.lengths.sum())
 
     return job
 
 
 def update(work, authors=False):
     """ARCA's update alone, on rollouts that are drawn once; or its authors' way of it."""
-    model, s = work.model, settings(work, "arca")
+    model, cfg = work.model, settings(work, "arca")
     optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=0.0)
     rollouts = {}
 
     def job(free, turn):
         if free not in rollouts:
-            r = grpo.rollout(model, work.ends(free), work.problems, s, 1)
-            rollouts[free] = half_right(r)
+            rollout = grpo.sample_rollout(model, work.ends(free), work.problems, cfg, 1)
+            rollouts[free] = half_right(rollout)
         if authors:
-            learn = partial(authors_update, model, *rollouts[free], s)
+            learn = partial(authors_update, model, *rollouts[free], cfg)
         else:
-            learn = partial(grpo.update, model, optimizer, *rollouts[free], s)
+            learn = partial(grpo.update, model, optimizer, *rollouts[free], cfg)
         tokens = int(rollouts[free][0].completions.lengths.sum())
         return timed(learn, work.device)[0], tokens
 

@@ -64,8 +64,15 @@ def sampler(work, adapter=False, cache=None):
     from transformers import GenerationConfig
 
     inputs = left_padded(work.prompts(), work.device)
-    how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=stop[0])
-    how |= dict(max_new_tokens=work.tokens, num_return_sequences=work.samples)
+    how = dict(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=stop[0],
+        max_new_tokens=work.tokens,
+        num_return_sequences=work.samples,
+    )
 
     def job(free, turn):
         torch.manual_seed(turn)
@@ -83,13 +90,25 @@ def trl_config(work, checkpointing):
     """GRPO on all the completions at once, each used once, and nothing else: no KL, no logs."""
     from trl import GRPOConfig
 
-    batch = len(work.problems) * work.samples
-    how = dict(per_device_train_batch_size=batch, num_generations=work.samples, beta=0.0)
-    how |= dict(max_completion_length=work.tokens, temperature=1.0, num_iterations=1)
-    how |= dict(learning_rate=0.0, max_steps=1, gradient_checkpointing=checkpointing)
-    how |= dict(logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True)
-    how |= dict(bf16=False, use_cpu=work.device == "cpu", shuffle_dataset=False)
-    return GRPOConfig(output_dir=tempfile.gettempdir(), **how)
+    return GRPOConfig(
+        output_dir=tempfile.gettempdir(),
+        per_device_train_batch_size=len(work.problems) * work.samples,
+        num_generations=work.samples,
+        max_completion_length=work.tokens,
+        temperature=1.0,
+        beta=0.0,
+        num_iterations=1,
+        learning_rate=0.0,
+        max_steps=1,
+        gradient_checkpointing=checkpointing,
+        bf16=False,
+        use_cpu=work.device == "cpu",
+        shuffle_dataset=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
 
 
 def trainer(work, checkpointing=False):

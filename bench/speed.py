@@ -139,7 +139,7 @@ def memory(work, args):
     for name in chosen(work, args, ("sample", "step", "update")):
         command = [sys.executable, __file__, "--alone", name, "--model", str(work.folder)]
         command += ["--adapter", str(work.adapter), "--prompts", str(len(work.problems))]
-        for flag in ("samples", "tokens", "threads", "device", "dtype", "micro_tokens"):
+        for flag in ("samples", "tokens", "threads", "device", "dtype", "micro_batch_tokens"):
             command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if ended.returncode:
@@ -221,7 +221,7 @@ def parse():
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="at most, of a completion")
-    parser.add_argument("--micro-tokens", type=int, default=2048, help="of ours")
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="of ours")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
@@ -236,8 +236,14 @@ def main():
     args = parse()
     torch.set_num_threads(args.threads)
     common.check_device(args.device)
-    sizes = dict(device=args.device, dtype=args.dtype, prompts=args.prompts, samples=args.samples)
-    sizes |= dict(tokens=args.tokens, micro_tokens=args.micro_tokens)
+    sizes = dict(
+        device=args.device,
+        dtype=args.dtype,
+        prompts=args.prompts,
+        samples=args.samples,
+        tokens=args.tokens,
+        micro_batch_tokens=args.micro_batch_tokens,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         work = common.prepare(args.model, scratch, args.adapter, **sizes)
         if args.alone:

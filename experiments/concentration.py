@@ -9,7 +9,6 @@ independent and the intervals are over them.
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -19,10 +18,10 @@ import credit
 import grpo
 from data.problems import add_prompts, load_problems
 from experiments.stats import crossed
-from fast.packing import micro_batches
 from run.flags import add_flags, load_base
 from system.errors import UserError, run_cli
 from system.files import write_json
+from train import Settings
 
 RULES = ("uniform", "surprisal", "entropy_reduction", "divergence", "arca")  # the paper's
 PUBLISHED = {  # its tables, by (rule, rank): greedy, pass@4, mean reward, Gini, effective ratio
@@ -36,36 +35,32 @@ PUBLISHED = {  # its tables, by (rule, rank): greedy, pass@4, mean reward, Gini,
 }
 
 
-def read_signals(model, r, advantages, wanted, s) -> credit.Signals:
-    """The wanted signals of all the completions of a Rollout, as `update` has them, learning
-    nothing."""
-    known, rows = grpo.given_signals(r, advantages), torch.ones(len(advantages), dtype=torch.bool)
-    found, groups = grpo.to_be_found(known, wanted), micro_batches(r, rows, s.micro_tokens)
-    grpo.go_over(model, r, groups, False, known, None, None, s, wanted, found)
-    return replace(known, **found)
+def sample_signals(model, tokenizer, problems, cfg) -> credit.Signals:
+    """Return the signals of one completion of each problem, sampled now; cfg: the flags."""
+    training = Settings(
+        credit="arca",
+        samples=1,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        seed=cfg.seed,
+    )
+    rollout = grpo.sample_rollout(model, tokenizer, problems, training, 0)
+    return grpo.measure_signals(model, rollout, torch.zeros(len(problems)), training)
 
 
-def known_signals(model, tokenizer, problems, s) -> credit.Signals:
-    """The signals of the paper's rules on one completion of each problem, sampled now."""
-    settings = dict(credit="arca", samples=1, top_p=1.0, kl=0.0, micro_tokens=2048)
-    vars(s).update(settings, arca_layer="final")  # what the Settings of train.py would say besides
-    r = grpo.rollout(model, tokenizer, problems, s, 0)
-    wanted = {name for rule in RULES for name in credit.needs(rule)}
-    return read_signals(model, r, torch.zeros(len(problems)), wanted, s)
-
-
-def concentration(known: credit.Signals, powers) -> dict:
-    """By rule and sharpening (as text): Gini and effective-token ratio over completions, each with
-    its 95 % interval."""
+def concentration(signals: credit.Signals, powers) -> dict:
+    """Return, by rule and sharpening (as text), Gini and effective-token ratio over completions,
+    each with its 95 % interval."""
     found = {}
     for rule in RULES:
-        for p in powers:
-            m = credit.token_weights(rule, known, p)
-            measured = (f(m, known.mask) for f in (credit.gini, credit.effective_token_ratio))
-            both = [crossed(x[None].numpy()) for x in measured]
-            found.setdefault(rule, {})[f"{p:g}"] = [
-                [round(x, 4) for x in (e.mean, e.low, e.high)] for e in both
-            ]
+        found[rule] = {}
+        for power in powers:
+            multipliers = credit.token_weights(rule, signals, power)
+            both = []
+            for measure in (credit.gini, credit.effective_token_ratio):
+                e = crossed(measure(multipliers, signals.mask)[None].numpy())
+                both.append([round(x, 4) for x in (e.mean, e.low, e.high)])
+            found[rule][f"{power:g}"] = both
     return found
 
 
@@ -85,33 +80,40 @@ def show(found, about):
 
 
 def parse_flags():
-    flags = dict(problems=(64, "test problems, of which one completion each is sampled"))
-    flags |= dict(max_new_tokens=(128, "longer completions are cut off"))
-    flags |= dict(temperature=(1.0, "of sampling, and of the policy that is measured"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_flags(parser, flags | dict(out=("", "a JSON file for the numbers")))
+    add_flags(
+        parser,
+        dict(
+            problems=(64, "test problems, of which one completion each is sampled"),
+            max_new_tokens=(128, "longer completions are cut off"),
+            temperature=(1.0, "of sampling, and of the policy that is measured"),
+            out=("", "a JSON file for the numbers"),
+        ),
+    )
     text = "exponents on the scores"
     parser.add_argument("--sharpening", type=float, nargs="+", default=[1.0, 2.0], help=text)
-    s = parser.parse_args()
-    if s.problems < 2 or s.max_new_tokens < 1 or not min(s.sharpening) > 0:
+    cfg = parser.parse_args()
+    if cfg.problems < 2 or cfg.max_new_tokens < 1 or not min(cfg.sharpening) > 0:
         raise UserError("give at least 2 --problems, 1 --max-new-tokens, and --sharpening above 0")
-    return s
+    return cfg
 
 
 def main():
-    s = parse_flags()
-    model, tokenizer = load_base(s)
-    problems = load_problems(s.data, "test")[: s.problems]
-    problems = [add_prompts(p, tokenizer, s.chat) for p in problems]
-    known = known_signals(model, tokenizer, problems, s)
-    lengths = known.mask.sum(dim=1).float()
+    cfg = parse_flags()
+    model, tokenizer = load_base(cfg)
+    problems = load_problems(cfg.data, "test")[: cfg.problems]
+    problems = [add_prompts(p, tokenizer, cfg.chat) for p in problems]
+    signals = sample_signals(model, tokenizer, problems, cfg)
+    lengths = signals.mask.sum(dim=1).float()
     about = dict(completions=len(lengths), mean_tokens=round(lengths.mean().item(), 1))
-    if not known.residual.any():
+    if not signals.residual.any():
         print("no adapter, or one that is zero: ARCA and divergence fall back to uniform")
-    found = concentration(known, s.sharpening)
-    if s.out:
-        write_json(Path(s.out), about | dict(rules=found))
-    print(f"{Path(s.model).name}, {s.adapter or 'base model'}, {about['mean_tokens']} tokens each")
+    found = concentration(signals, cfg.sharpening)
+    if cfg.out:
+        write_json(Path(cfg.out), about | dict(rules=found))
+    print(
+        f"{Path(cfg.model).name}, {cfg.adapter or 'base model'}, {about['mean_tokens']} tokens each"
+    )
     show(found, about)
 
 

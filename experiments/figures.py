@@ -177,9 +177,13 @@ def ranks(fig, about, rows):
 
 
 # name: (what draws it, width and height in inches)
-FIGURES = dict(learning=(learning, (8, 5)), concentration=(concentration, (8, 6)))
-FIGURES |= dict(sharpening=(sharpening, (6.4, 3.8)), classes=(classes, (8, 3.8)))
-FIGURES |= dict(ranks=(ranks, (7, 3.2)))
+FIGURES = {
+    "learning": (learning, (8, 5)),
+    "concentration": (concentration, (8, 6)),
+    "sharpening": (sharpening, (6.4, 3.8)),
+    "classes": (classes, (8, 3.8)),
+    "ranks": (ranks, (7, 3.2)),
+}
 
 
 def main():

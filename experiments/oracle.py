@@ -43,20 +43,40 @@ from data.problems import load_split, problems_of_step
 from eval_math import evaluate
 from experiments.oracle_report import as_text, by_side, compare_arms, draw
 from experiments.truth import all_signals, grader, open_run, prefix_values
-from grpo import given_signals, group_advantages, has_spread, rollout, update
+from grpo import group_advantages, sample_rollout, sampled_signals, update
 from lora import add_lora, lora_parameters
 from run.flags import load_base
-from run.metrics import CLASSES, rank_correlation
+from run.metrics import CLASSES, rank_correlation, step_classes
 from system import files
 from system.errors import UserError, run_cli
 from train import Settings, lr_at
 
 ROOT = Path(__file__).parent.parent
 RUN = str(ROOT / "runs/oracle-arca")
-FULL = dict(steps=[10, 80], batches=18, pairs=1, continuations=512, least=64)
-FULL |= dict(train_steps=30, train_prompts=8, seeds=5, train_continuations=32, eval_problems=400)
-QUICK = dict(steps=[10, 80], batches=2, pairs=1, continuations=64, least=16)
-QUICK |= dict(train_steps=4, train_prompts=4, seeds=2, train_continuations=16, eval_problems=40)
+FULL = dict(
+    steps=[10, 80],
+    batches=18,
+    pairs=1,
+    continuations=512,
+    least=64,
+    train_steps=30,
+    train_prompts=8,
+    seeds=5,
+    train_continuations=32,
+    eval_problems=400,
+)
+QUICK = dict(
+    steps=[10, 80],
+    batches=2,
+    pairs=1,
+    continuations=64,
+    least=16,
+    train_steps=4,
+    train_prompts=4,
+    seeds=2,
+    train_continuations=16,
+    eval_problems=40,
+)
 PRESETS = dict(full=FULL, quick=QUICK)
 
 
@@ -92,14 +112,19 @@ def score(m, delta, sign, mask, steep, halves=None):
     return found
 
 
-def score_rules(r, known, rows, V):
-    """Per completion: what it is (`about`), and by rule what its weights achieve; lists of (b,)."""
+def score_rules(rollout, signals, classes, rows, V):
+    """Return, per completion, what it is (`about`), and by rule what its weights achieve; lists of
+    (b,). classes (B, T) are those of the tokens."""
     delta = V.diff(dim=2)  # (2, b, T)
-    T, right = delta.shape[2], r.rewards.flatten()[rows]
-    mask, classes = known.mask[rows, :T], r.classes[rows, :T]
-    mean, noise, sign = delta.mean(0), delta.diff(dim=0)[0] / 2, 2 * right - 1
+    T = delta.shape[2]
+    right = rollout.rewards.flatten()[rows]
+    mask = signals.mask[rows, :T]
+    classes = classes[rows, :T]
+    mean = delta.mean(0)  # (b, T)
+    noise = delta.diff(dim=0)[0] / 2
+    sign = 2 * right - 1
     about = dict(right=right, tokens=mask.sum(1), prompt_value=V[:, :, 0].mean(0))
-    steep = (1 - known.logp[rows, :T].exp()) * mask  # half the gradient for the logits, in L1
+    steep = (1 - signals.logp[rows, :T].exp()) * mask  # half the gradient for the logits, in L1
     about.update(size=delta.prod(0).sum(1), noise=(noise**2).sum(1))
     about["size_logits"] = (delta.prod(0) * steep**2).sum(1)
     about["chance"] = share_on_top(mask.float(), mean.abs(), mask)
@@ -108,9 +133,9 @@ def score_rules(r, known, rows, V):
         about |= {f"tokens/{name}": inside.sum(1), f"size/{name}": (delta.prod(0) * inside).sum(1)}
     rules = {}
     for name in credit.METHODS:
-        for p in (1, 2):
-            m = credit.token_weights(name, known, p)[rows, :T]
-            rules[f"{name}/{p}"] = score(m, mean, sign, mask, steep, delta)
+        for power in (1, 2):
+            multipliers = credit.token_weights(name, signals, power)[rows, :T]
+            rules[f"{name}/{power}"] = score(multipliers, mean, sign, mask, steep, delta)
     side = (sign[:, None] * delta).clamp(min=0)
     for name, weights in (("true", delta.abs()), ("true_side", side)):
         two = [score(weights[i], delta[1 - i], sign, mask, steep) for i in (0, 1)]
@@ -121,8 +146,10 @@ def score_rules(r, known, rows, V):
 
 def chosen_rows(rewards, pairs):
     """The first `pairs` right and wrong completions of each problem that has both, as rows."""
-    G, rows = rewards.shape[1], []
-    for p in has_spread(rewards).nonzero()[:, 0].tolist():
+    G = rewards.shape[1]
+    has_spread = (rewards != rewards[:, :1]).any(dim=1)  # (P,)
+    rows = []
+    for p in has_spread.nonzero()[:, 0].tolist():
         for side in (rewards[p] > 0, rewards[p] <= 0):
             rows += [p * G + i for i in side.nonzero()[:pairs, 0].tolist()]
     return torch.tensor(rows, dtype=torch.long)
@@ -131,18 +158,20 @@ def chosen_rows(rewards, pairs):
 def measure_batch(job):
     """Every rule on a batch of completions as training samples them, at a checkpoint of a run."""
     folder, step, batch, how = job
-    model, tokenizer, s, problems = open_run(folder, step)
-    at = s.steps + batch  # problems that the run has not seen
-    problems = problems_of_step(problems, s.prompts, s.seed, at)
-    r = rollout(model, tokenizer, problems, s, at, compare=True)
-    known, rows = all_signals(model, r, s), chosen_rows(r.rewards, how["pairs"])
+    model, tokenizer, cfg, problems = open_run(folder, step)
+    at = cfg.steps + batch  # problems that the run has not seen
+    problems = problems_of_step(problems, cfg.prompts, cfg.seed, at)
+    rollout = sample_rollout(model, tokenizer, problems, cfg, at, compare=True)
+    signals = all_signals(model, rollout, cfg)
+    rows = chosen_rows(rollout.rewards, how["pairs"])
     if not len(rows):
         return None
     grade = grader(tokenizer, problems)
     sampling = (grade, how["continuations"], how["least"], at)
-    V, _ = prefix_values(model, r, rows, s, tokenizer.eos_ids, *sampling)
-    found = score_rules(r, known, rows, V)
-    found["about"]["group"] = (batch * s.prompts + rows // s.samples).tolist()
+    V, _ = prefix_values(model, rollout, rows, cfg, tokenizer.eos_ids, *sampling)
+    classes = step_classes(rollout.completions, tokenizer)
+    found = score_rules(rollout, signals, classes, rows, V)
+    found["about"]["group"] = (batch * cfg.prompts + rows // cfg.samples).tolist()
     return found
 
 
@@ -152,7 +181,7 @@ def measure_batch(job):
 def make_run():
     """The run whose checkpoints are measured, unless it is there; one cut short goes on. Returns
     its folder."""
-    new = ["--credit", "arca", "--save-every", "10", "--keep", "9", "--out", RUN]
+    new = ["--credit", "arca", "--save-every", "10", "--keep-checkpoints", "9", "--out", RUN]
     new += ["--eval-problems", "200", "--eval-samples", "0"]
     args = ["--resume", RUN] if (Path(RUN) / "config.json").exists() else new
     if subprocess.run([sys.executable, str(ROOT / "train.py"), *args]).returncode:
@@ -163,45 +192,50 @@ def make_run():
 # ---- What perfect credit would buy ---------------------------------------------------------------
 
 
-def true_weights(model, r, advantages, s, eos_ids, grade, n, step, signed):
+def true_weights(model, rollout, advantages, cfg, eos_ids, grade, n, step, signed):
     """Multipliers (B, T) in proportion to |delta|; signed: to delta itself, for every advantage."""
-    mask, rows = given_signals(r, advantages).mask, advantages.nonzero()[:, 0]
-    m = mask.float()
+    mask = sampled_signals(rollout, advantages).mask
+    rows = advantages.nonzero()[:, 0]
+    multipliers = mask.float()
     if len(rows):
-        V, _ = prefix_values(model, r, rows, s, eos_ids, grade, n, 2, step)
+        V, _ = prefix_values(model, rollout, rows, cfg, eos_ids, grade, n, 2, step)
         delta = V.mean(0).diff(dim=1)  # (b, t), of the longest of these rows
-        m[rows, : delta.shape[1]] = credit.share(delta.abs(), mask[rows, : delta.shape[1]], 1)
+        T = delta.shape[1]
+        multipliers[rows, :T] = credit.normalize_scores(delta.abs(), mask[rows, :T], 1)
         if signed:
-            m[rows, : delta.shape[1]] *= delta.sign() * advantages[rows, None].sign()
-    return m
+            multipliers[rows, :T] *= delta.sign() * advantages[rows, None].sign()
+    return multipliers
 
 
 def train_arm(job):
     """Train with one rule and one seed: the reward of each step and the greedy accuracy after."""
     arm, seed, how = job
-    s = Settings(credit=arm, seed=seed, steps=how["train_steps"], prompts=how["train_prompts"])
-    s.eval_problems = how["eval_problems"]
+    cfg = Settings(credit=arm, seed=seed, steps=how["train_steps"], prompts=how["train_prompts"])
+    cfg.eval_problems = how["eval_problems"]
     if arm.startswith("true"):
-        credit.METHODS[arm] = (None, (), credit.STEP)  # each step brings the rule with its truth
-    model, tokenizer = load_base(s)
-    train, held_out, _ = load_split(s, tokenizer)
-    add_lora(model, s.rank, s.alpha, seed=s.seed)
+        # Each step brings the rule with its truth.
+        credit.METHODS[arm] = credit.Rule(None, whole_step=True)
+    model, tokenizer = load_base(cfg)
+    train, held_out, _ = load_split(cfg, tokenizer)
+    add_lora(model, cfg.rank, cfg.alpha, seed=cfg.seed)
     trained, rewards = list(lora_parameters(model).values()), []
-    optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, s.beta2), weight_decay=0.0)
-    for step in range(1, s.steps + 1):
-        problems = problems_of_step(train, s.prompts, s.seed, step)
-        r = rollout(model, tokenizer, problems, s, step)
-        advantages = group_advantages(r.rewards, s.advantage).flatten()
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0)
+    for step in range(1, cfg.steps + 1):
+        problems = problems_of_step(train, cfg.prompts, cfg.seed, step)
+        rollout = sample_rollout(model, tokenizer, problems, cfg, step)
+        advantages = group_advantages(rollout.rewards, cfg.advantage).flatten()
         if arm.startswith("true"):
             sampling = (grader(tokenizer, problems), how["train_continuations"], step)
             signed = arm == "true_signed"
-            m = true_weights(model, r, advantages, s, tokenizer.eos_ids, *sampling, signed)
-            credit.METHODS[arm] = (lambda known, p, m=m: m, (), credit.STEP)
-        optimizer.param_groups[0]["lr"] = lr_at(step, s)
-        update(model, optimizer, r, advantages, s)
-        rewards.append(r.rewards.mean().item())
+            eos_ids = tokenizer.eos_ids
+            truth = true_weights(model, rollout, advantages, cfg, eos_ids, *sampling, signed)
+            rule = lambda signals, power, truth=truth: truth  # noqa: E731
+            credit.METHODS[arm] = credit.Rule(rule, whole_step=True)
+        optimizer.param_groups[0]["lr"] = lr_at(step, cfg)
+        update(model, optimizer, rollout, advantages, cfg)
+        rewards.append(rollout.rewards.mean().item())
     prompts, golds = [p["prompt"] for p in held_out], [p["answer"] for p in held_out]
-    last = (0, s.max_new_tokens, s.temperature, s.top_p, s.seed)
+    last = (0, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
     greedy = evaluate(model, tokenizer, prompts, golds, *last)[0]["greedy"]
     return dict(arm=arm, seed=seed, rewards=rewards, greedy=greedy)
 

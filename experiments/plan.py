@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data.problems import HUB, TINY
 from experiments.concentration import RULES
+from run.flags import flag_name
 from run.settings import check
 from system.errors import UserError
 from system.files import read_json, read_rows
@@ -66,12 +67,14 @@ def cells(rank, others, controls=True):
 
 
 def source_files():
-    """The files that decide a run's numbers; two of plumbing/ only draw."""
-    core = [f"{n}.py" for n in ("model", "lora", "sample", "eval_math", "credit", "grpo", "train")]
-    core += ["data/problems.py", "experiments/concentration.py", "experiments/stats.py"]
-    rest = sorted(p for name in ("plumbing", "verifier") for p in (ROOT / name).glob("*.py"))
-    drawn = ("credit_view.py", "credit_draw.py")
-    return [ROOT / name for name in core] + [p for p in rest if p.name not in drawn]
+    """Return the files that decide a run's numbers; run/screen.py and view/ only show them."""
+    core = ("model", "lora", "credit", "sample", "eval_math", "grpo", "train")
+    files = [ROOT / f"{name}.py" for name in core]
+    files.append(ROOT / "data/problems.py")
+    files += [ROOT / f"experiments/{name}.py" for name in ("concentration", "stats")]
+    for folder in ("system", "verifier", "hf", "fast", "run"):
+        files += sorted((ROOT / folder).glob("*.py"))
+    return [path for path in files if path.name != "screen.py"]
 
 
 def code_key() -> str:
@@ -120,10 +123,10 @@ def plan(preset: Preset, given, seeds, controls, out, code):
         folder = out / f"{name}-{run_key(settings, problems, code)[:10]}"
         measured = rule == "arca" and rank == preset.rank
         runs.append(Run((rule, rank, power), settings, problems, measured, folder))
-    s = Settings(**training)
-    if not s.eval_data and s.data not in ("tiny", *HUB):
+    cfg = Settings(**training)
+    if not cfg.eval_data and cfg.data not in ("tiny", *HUB):
         raise UserError("--data FILE: give --eval-data FILE too, with the problems to evaluate on")
-    check(s)
+    check(cfg)
     return runs
 
 
@@ -136,19 +139,19 @@ def flags(settings):
     for f in fields(Settings):
         value = settings[f.name]
         if value != f.default:
-            words += [f"--{f.name.replace('_', '-')}"] + [str(value)] * (value is not True)
+            words += [flag_name(f.name)] + [str(value)] * (value is not True)
     return words
 
 
 def of_model(run, *names):
     """The flags that eval_math.py and concentration.py share with train.py."""
-    s = run.settings
-    pairs = dict(model=s["model"], revision=s["revision"], data=s["eval_data"] or s["data"])
+    cfg = run.settings
+    pairs = dict(model=cfg["model"], revision=cfg["revision"], data=cfg["eval_data"] or cfg["data"])
     names = ("seed", "device", "dtype", "max_new_tokens", "temperature", *names)
-    pairs |= {name: s[name] for name in names}
+    pairs |= {name: cfg[name] for name in names}
     pairs["adapter"] = str(run.folder / "adapter") if run.cell[0] != "base" else ""
-    words = [w for k, v in pairs.items() if v for w in (f"--{k.replace('_', '-')}", str(v))]
-    return words + ["--chat"] * s["chat"]
+    words = [w for k, v in pairs.items() if v for w in (flag_name(k), str(v))]
+    return words + ["--chat"] * cfg["chat"]
 
 
 def trained(run) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments.concentration import RULES, show
 from experiments.plan import ROOT, code_key
-from run.flags import add_flags
+from run.flags import add_flags, flag_name
 from system.errors import UserError, run_cli
 from system.files import read_json, write_json
 
@@ -25,12 +25,16 @@ TRAINING = "--warmup 1 --lr 2e-4 --eval-problems 1 --eval-samples 0 --save-every
 
 
 def parse_flags():
-    flags = dict(eval_data=("math500", "likewise, to measure on"))
-    flags |= dict(steps=(10, "of each rule"), prompts=(4, "problems a step"))
-    flags |= dict(samples=(4, "completions a problem"), rank=(16, "of LoRA; alpha is twice that"))
-    flags |= dict(max_new_tokens=(256, "longer completions are cut off"))
-    flags |= dict(problems=(64, "to measure on, one completion each"))
-    flags |= dict(out=("runs/real", "folder for the runs and what is measured"))
+    flags = {
+        "eval_data": ("math500", "likewise, to measure on"),
+        "steps": (10, "of each rule"),
+        "prompts": (4, "problems a step"),
+        "samples": (4, "completions a problem"),
+        "rank": (16, "of LoRA; alpha is twice that"),
+        "max_new_tokens": (256, "longer completions are cut off"),
+        "problems": (64, "to measure on, one completion each"),
+        "out": ("runs/real", "folder for the runs and what is measured"),
+    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_flags(parser, flags)
     text = f"to train with; default: {' '.join(RULES)}"
@@ -38,49 +42,52 @@ def parse_flags():
     return parser.parse_args()
 
 
-def go(script, s, names, *more):
+def go(script, cfg, names, *more):
     """Run one of our scripts with these of our flags; UserError if it fails."""
-    words = [w for n in names if getattr(s, n) for w in (f"--{n.replace('_', '-')}", getattr(s, n))]
-    words = [*map(str, words), *["--chat"] * s.chat, *map(str, more)]
-    if subprocess.run([sys.executable, str(ROOT / script), *words]).returncode:
+    words = ["--chat"] * cfg.chat
+    for name in names:
+        if getattr(cfg, name):
+            words += [flag_name(name), getattr(cfg, name)]
+    command = [sys.executable, ROOT / script, *words, *more]
+    if subprocess.run([str(word) for word in command]).returncode:
         raise UserError(f"{script} failed (see above); the same command goes on")
 
 
 MODEL = ("model", "revision", "device", "dtype", "seed", "max_new_tokens")
 
 
-def train(s, rule):
+def train(cfg, rule):
     """A short run with a rule, or the rest of it; returns its adapter's folder."""
-    folder = Path(s.out) / f"{rule}-r{s.rank}-{code_key()[:10]}"
+    folder = Path(cfg.out) / f"{rule}-r{cfg.rank}-{code_key()[:10]}"
     done = ["--resume"] if (folder / "config.json").exists() else []  # refuses other settings
     names = (*MODEL, "data", "eval_data", "steps", "prompts", "samples", "rank")
-    own = ("--credit", rule, "--alpha", 2.0 * s.rank, "--out", folder, *TRAINING.split())
-    go("train.py", s, names, *own, *done)
+    own = ("--credit", rule, "--alpha", 2.0 * cfg.rank, "--out", folder, *TRAINING.split())
+    go("train.py", cfg, names, *own, *done)
     return folder / "adapter"
 
 
-def measure(s, adapter, *more):
+def measure(cfg, adapter, *more):
     """Measure all rules on completions of the model with an adapter, and show it."""
-    data = ("--data", s.eval_data, "--adapter", adapter, "--problems", s.problems)
-    go("experiments/concentration.py", s, MODEL, *data, "--sharpening", 1, 2, *more)
+    data = ("--data", cfg.eval_data, "--adapter", adapter, "--problems", cfg.problems)
+    go("experiments/concentration.py", cfg, MODEL, *data, "--sharpening", 1, 2, *more)
 
 
 def main():
-    s = parse_flags()
-    if s.adapter:
-        return measure(s, s.adapter)
+    cfg = parse_flags()
+    if cfg.adapter:
+        return measure(cfg, cfg.adapter)
     found = {}
-    for rule in s.rules:
+    for rule in cfg.rules:
         print(f"\n== {rule} ==", flush=True)
-        adapter = train(s, rule)
-        path = adapter.parent / f"concentration-of-{s.problems}.json"
+        adapter = train(cfg, rule)
+        path = adapter.parent / f"concentration-of-{cfg.problems}.json"
         if path.exists():
             show(read_json(path)["rules"], read_json(path))
         else:
-            measure(s, adapter, "--out", path)
+            measure(cfg, adapter, "--out", path)
         found[rule] = read_json(path)
-    how = {name: getattr(s, name) for name in ("steps", "prompts", "samples", "rank")}
-    write_json(Path(s.out) / "real.json", dict(how=how, after=found))
+    how = {name: getattr(cfg, name) for name in ("steps", "prompts", "samples", "rank")}
+    write_json(Path(cfg.out) / "real.json", dict(how=how, after=found))
 
 
 if __name__ == "__main__":

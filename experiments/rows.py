@@ -43,8 +43,8 @@ def training(folder) -> dict:
 
 def row_of(run) -> dict:
     """The row of a Run (experiments/plan.py) that is complete."""
-    s = run.settings
-    row = dict(zip(("rule", "rank", "sharpening"), run.cell, strict=True), seed=s["seed"])
+    cfg = run.settings
+    row = dict(zip(("rule", "rank", "sharpening"), run.cell, strict=True), seed=cfg["seed"])
     row["greedy"], row["right"] = outcomes(run.folder / "answers.jsonl")
     if run.cell[0] != "base":
         row |= training(run.folder)

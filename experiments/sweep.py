@@ -25,12 +25,13 @@ import torch
 
 from experiments import rows, tables
 from experiments.plan import PRESETS, ROOT, cells, code_key, next_command, part_of, plan
+from run.flags import flag_name
 from system.errors import UserError, printable, run_cli
 from train import Settings
 
 # Settings of train.py that a sweep may have otherwise, the same for all its runs.
-BUDGET = ("steps", "prompts", "samples", "max_new_tokens", "eval_problems", "lr", "micro_tokens")
-BUDGET += ("model", "revision", "data", "eval_data", "device", "dtype", "chat")
+BUDGET = """steps prompts samples max_new_tokens eval_problems lr micro_batch_tokens
+    model revision data eval_data device dtype chat"""
 
 
 # ---- Doing it ------------------------------------------------------------------------------------
@@ -159,10 +160,10 @@ def parse_flags():
     parser.add_argument("--no-controls", action="store_true", help=text)
     parser.add_argument("--list", action="store_true", help="say what is done, and run nothing")
     parser.add_argument("--tables-only", action="store_true", help="of what is done; run nothing")
-    for f in [f for f in fields(Settings) if f.name in BUDGET]:
+    for f in [f for f in fields(Settings) if f.name in BUDGET.split()]:
         kind = dict(action="store_true") if f.default is False else dict(type=type(f.default))
         text = f"of train.py: {f.metadata['help']}".replace("%", "%%")
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=None, help=text, **kind)
+        parser.add_argument(flag_name(f.name), default=None, help=text, **kind)
     args = parser.parse_args()
     if args.preset not in PRESETS:
         raise UserError(f"no preset {args.preset!r}: use one of {', '.join(PRESETS)}")
@@ -188,22 +189,31 @@ def report(runs, about, out):
 def main():
     args = parse_flags()
     preset, code, controls = PRESETS[args.preset], code_key(), not args.no_controls
-    given = {k: getattr(args, k) for k in BUDGET if getattr(args, k) is not None}
+    given = {k: getattr(args, k) for k in BUDGET.split() if getattr(args, k) is not None}
     out = Path(args.out or f"runs/sweep-{args.preset}")
     seeds = list(dict.fromkeys(args.seeds or preset.seeds))
     runs = plan(preset, given, seeds, controls, out, code)
-    s = runs[0].settings
-    about = dict(preset=args.preset, code=code[:10], torch=version("torch"), seeds=seeds)
-    about |= dict(rank=preset.rank, cells=cells(preset.rank, preset.others, controls))
-    about |= {k: s[k] for k in ("steps", "prompts", "samples", "lr")}
-    about["problems"] = runs[0].problems
+    cfg = runs[0].settings
+    about = {
+        "preset": args.preset,
+        "code": code[:10],
+        "torch": version("torch"),
+        "seeds": seeds,
+        "rank": preset.rank,
+        "cells": cells(preset.rank, preset.others, controls),
+        "steps": cfg["steps"],
+        "prompts": cfg["prompts"],
+        "samples": cfg["samples"],
+        "lr": cfg["lr"],
+        "problems": runs[0].problems,
+    }
     if args.list:
         for run in runs:
             print(f"{run.folder}  {'to do' if next_command(run) else 'done'}")
         return
     failed = 0
     if not args.tables_only:
-        jobs = args.jobs or default_jobs(s)
+        jobs = args.jobs or default_jobs(cfg)
         print(f"{len(runs)} runs, {jobs} at a time, in {out}; Ctrl-C stops them", flush=True)
         try:
             failed = work_through(runs, jobs, code)

@@ -36,7 +36,7 @@ from data.problems import problems_of_step
 from experiments.oracle import ROOT, RUN, make_run
 from experiments.oracle_report import bootstrap, mean_of
 from experiments.truth import all_signals, open_run
-from grpo import rollout
+from grpo import sample_rollout
 from lora import lora_layers
 from system import files
 from system.errors import UserError, run_cli
@@ -79,21 +79,22 @@ def surprisal_bounds(head, beta, base_scores, mask):
     return stated, stated * mask.sum(dim=1)
 
 
-def weights(name, known):
+def weights(name, signals):
     """A rule's weights (B, T), which sum to one."""
-    m = credit.token_weights(name, known).double()
+    m = credit.token_weights(name, signals).double()
     return m / m.sum(dim=1, keepdim=True).clamp(min=1e-300)
 
 
-def at_scale(model, r, s, c, limit):
+def at_scale(model, rollout, cfg, c, limit):
     """Numbers (B,) by name of every completion, with the adapter scaled by c; limit: the signals at
     the scale that stands for c -> 0."""
     with scaled(model, c):
-        known = all_signals(model, r, s)
-    mask, beta = known.mask, known.residual.amax(dim=1).double()
-    base = floored(-known.ref_logp, mask, 0)
-    stated, proved = surprisal_bounds(model.lm_head.weight, beta, -known.ref_logp, mask)
-    moved, shift = apart(floored(-known.logp, mask, 0), base), (known.logp - known.ref_logp).abs()
+        signals = all_signals(model, rollout, cfg)
+    mask, beta = signals.mask, signals.residual.amax(dim=1).double()
+    base = floored(-signals.ref_logp, mask, 0)
+    stated, proved = surprisal_bounds(model.lm_head.weight, beta, -signals.ref_logp, mask)
+    moved = apart(floored(-signals.logp, mask, 0), base)
+    shift = (signals.logp - signals.ref_logp).abs()
     found = dict(beta=beta, moved=moved, stated=stated, proved=proved)
     L = torch.linalg.matrix_norm(model.lm_head.weight.double(), ord=2)
     found["used"] = shift.amax(dim=1) / (2 * L * beta)  # proposition 2: at most 1
@@ -101,16 +102,16 @@ def at_scale(model, r, s, c, limit):
     for eps in (1e-8, 1e-4, 1e-2):
         found[f"to_uniform/{eps:g}"] = apart(floored(shift, mask, eps), floored(mask, mask, 0))
     for name in RULES:
-        w = weights(name, known)
+        w = weights(name, signals)
         found[f"from_limit/{name}"] = apart(w, weights(name, limit))
         found[f"gini/{name}"] = credit.gini(w, mask)
     return found
 
 
-def against_floor(known):
+def against_floor(signals):
     """Divergence's weights and the floor: L1 distances (B,) to uniform and to the weights without
     a floor, by eps in units of the completion's mean score."""
-    mask, shift = known.mask, (known.logp - known.ref_logp).abs().double()
+    mask, shift = signals.mask, (signals.logp - signals.ref_logp).abs().double()
     mean, found = shift.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True), {}
     for floor in FLOORS:
         w = floored(shift, mask, floor * mean)
@@ -122,23 +123,24 @@ def against_floor(known):
 def measure(folder, prompts):
     """By scale, and by floor, [mean, low, high] of every number over two completions of each of so
     many problems; intervals are from resampling problems."""
-    model, tokenizer, s, problems = open_run(folder)
-    s.samples = 2
-    problems = problems_of_step(problems, prompts, s.seed, 1)
-    r = rollout(model, tokenizer, problems, s, s.steps + 1, compare=True)
-    one = np.ones(len(r.texts))
-    groups = np.arange(len(one)) // s.samples
+    model, tokenizer, cfg, problems = open_run(folder)
+    cfg.samples = 2
+    problems = problems_of_step(problems, prompts, cfg.seed, 1)
+    rollout = sample_rollout(model, tokenizer, problems, cfg, cfg.steps + 1, compare=True)
+    one = np.ones(len(rollout.texts))
+    groups = np.arange(len(one)) // cfg.samples
 
     def means(found):
         return {key: bootstrap([x.numpy(), one], groups, mean_of) for key, x in found.items()}
 
     with scaled(model, SMALL):
-        limit = all_signals(model, r, s)
+        limit = all_signals(model, rollout, cfg)
     scales = {}
     for c in tqdm(SCALES, desc="scales"):
-        scales[f"{c:g}"] = means(at_scale(model, r, s, c, limit))
-    floors = means(against_floor(all_signals(model, r, s)))
-    return dict(run=s.credit, completions=len(one), problems=prompts, scales=scales, floors=floors)
+        scales[f"{c:g}"] = means(at_scale(model, rollout, cfg, c, limit))
+    floors = means(against_floor(all_signals(model, rollout, cfg)))
+    about = dict(run=cfg.credit, completions=len(one), problems=prompts)
+    return about | dict(scales=scales, floors=floors)
 
 
 # ---- Table and figure ----------------------------------------------------------------------------
@@ -149,9 +151,16 @@ def cell(x):
 
 
 def print_table(found):
-    columns = dict(beta="beta", moved="surprisal moved", stated="bound, stated", proved="proved")
-    columns |= {f"from_limit/{name}": f"{name} moved" for name in ("divergence", "arca")}
-    columns |= {"to_uniform/0.0001": "div. to unif., eps 1e-4", "gini/arca": "Gini of ARCA"}
+    columns = {
+        "beta": "beta",
+        "moved": "surprisal moved",
+        "stated": "bound, stated",
+        "proved": "proved",
+        "from_limit/divergence": "divergence moved",
+        "from_limit/arca": "arca moved",
+        "to_uniform/0.0001": "div. to unif., eps 1e-4",
+        "gini/arca": "Gini of ARCA",
+    }
     print(f"{found['completions']} completions of {found['problems']} problems; L1 distances")
     print(f"{'scale':6}" + "".join(f"{title:>30}" for title in columns.values()))
     for c, row in found["scales"].items():
@@ -174,8 +183,11 @@ def draw(found, path):
 
     fig = Figure(figsize=(10, 3.6), dpi=150, layout="constrained")
     axes, rows = fig.subplots(1, 3), list(found["scales"].values())
-    looks = dict(moved=("#0072b2", "o-", "moved from the base's"))
-    looks |= dict(stated=("#d55e00", "--", "bound as stated"), proved=("#555555", ":", "with T"))
+    looks = {
+        "moved": ("#0072b2", "o-", "moved from the base's"),
+        "stated": ("#d55e00", "--", "bound as stated"),
+        "proved": ("#555555", ":", "with T"),
+    }
     for key, (colour, style, label) in looks.items():
         band(axes[0], SCALES, [row[key] for row in rows], colour, style, label)
     axes[0].axhline(2, color="#aaaaaa", lw=0.8)  # no two weights are further apart

@@ -29,10 +29,9 @@ import torch
 
 from data.problems import load_split
 from eval_math import verify
-from experiments.concentration import read_signals
-from grpo import group_advantages, wanted_signals
+from grpo import group_advantages, measure_signals
 from lora import add_lora, lora_parameters
-from run.checkpoints import kept_adapters
+from run.checkpoints import checkpoint_paths
 from run.flags import load_base
 from sample import generate
 from system import files
@@ -55,10 +54,10 @@ def grader(tokenizer, problems):
     return grade
 
 
-def prefixes_of(r, row):
+def prefixes_of(rollout, row):
     """The T + 1 prefixes of a completion, as (problem index, ids)."""
-    ids = tuple(r.completions.tokens[row, : r.completions.lengths[row]].tolist())
-    return [(int(row) // r.rewards.shape[1], ids[:t]) for t in range(len(ids) + 1)]
+    ids = tuple(rollout.completions.tokens[row, : rollout.completions.lengths[row]].tolist())
+    return [(int(row) // rollout.rewards.shape[1], ids[:t]) for t in range(len(ids) + 1)]
 
 
 def starts_of(prefixes, probs, reach):
@@ -86,27 +85,27 @@ def follow(tally, starts, c, n, limit, grade):
             tally[p, whole[:t]][:, row % 2] += (reward, 1)
 
 
-def prefix_values(model, r, rows, s, eos_ids, grade, n, least=64, step=0, reach=REACH):
+def prefix_values(model, rollout, rows, cfg, eos_ids, grade, n, least=64, step=0, reach=REACH):
     """V at the T + 1 prefixes of the given rows of a Rollout, and how many continuations it is the
     success rate of: two (2, b, T + 1), by half; past a completion's end V is its reward.
 
-    n continuations (even, at least `least`) of each start. Their randomness is that of (s.seed, -2
-    - step), which no training step and no evaluation has.
+    n continuations (even, at least `least`) of each start. Their randomness is that of (cfg.seed,
+    -2 - step), which no training step and no evaluation has.
     """
-    chains = [prefixes_of(r, row) for row in rows]
+    chains = [prefixes_of(rollout, row) for row in rows]
     tally = {prefix: np.zeros((2, 2)) for chain in chains for prefix in chain[:-1]}
-    probs = r.completions.logps.exp()[rows].tolist()
+    probs = rollout.completions.logps.exp()[rows].tolist()
     pairs = zip(chains, probs, strict=True)
     starts = list(dict.fromkeys(x for chain, p in pairs for x in starts_of(chain, p, reach)))
     while starts:
-        prompts = [r.problems[p]["prompt"] + list(ids) for p, ids in starts]
-        how = dict(temperature=s.temperature, top_p=s.top_p, eos_ids=eos_ids)
-        c = generate(model, prompts, n, s.max_new_tokens, seed=s.seed, step=-2 - step, **how)
-        follow(tally, starts, c, n, s.max_new_tokens, grade)
+        prompts = [rollout.problems[p]["prompt"] + list(ids) for p, ids in starts]
+        how = dict(temperature=cfg.temperature, top_p=cfg.top_p, eos_ids=eos_ids)
+        c = generate(model, prompts, n, cfg.max_new_tokens, seed=cfg.seed, step=-2 - step, **how)
+        follow(tally, starts, c, n, cfg.max_new_tokens, grade)
         starts = [x for x, (_, visits) in tally.items() if visits.min() < least / 2]
     T = max(map(len, chains))
     V, visits = torch.zeros(2, len(rows), T), torch.zeros(2, len(rows), T)
-    V += r.rewards.flatten()[rows][:, None]  # the whole completion's, and the padding's
+    V += rollout.rewards.flatten()[rows][:, None]  # the whole completion's, and the padding's
     for i, chain in enumerate(chains):
         won, seen = torch.tensor(np.array([tally[x] for x in chain[:-1]])).permute(1, 2, 0)
         V[:, i, : len(chain) - 1], visits[:, i, : len(chain) - 1] = won / seen, seen
@@ -116,26 +115,38 @@ def prefix_values(model, r, rows, s, eos_ids, grade, n, least=64, step=0, reach=
 # ---- A checkpoint of a run, and what the rules read ---------------------------------------------
 
 
+def saved_adapters(folder) -> dict:
+    """Return {step: adapter's tensors by name} of a run's checkpoints, the newest first."""
+    saved = {}
+    for path in checkpoint_paths(Path(folder)):
+        tensors, about = files.read_tensors(path)
+        adapter = [name for name in tensors if name.startswith("adapter.")]
+        named = {name.removeprefix("adapter."): tensors[name] for name in adapter}
+        saved[int(about.get("step", -1))] = named
+    return saved
+
+
 def open_run(folder, step=None):
     """(model with the run's adapter as of this step, or of the last one, tokenizer, Settings,
     problems to train on); UserError if there is no such checkpoint."""
-    path, found = Path(folder) / "config.json", kept_adapters(folder)
+    path, found = Path(folder) / "config.json", saved_adapters(folder)
     stored = files.read_json(path).get("settings")
     if not isinstance(stored, dict) or stored.keys() != asdict(Settings()).keys():
         raise UserError(f"{path} does not hold the settings of this train.py: train another run")
-    s = Settings(**stored)
+    cfg = Settings(**stored)
     step = max(found, default=0) if step is None else step
     if step not in found:
-        raise UserError(f"{folder} keeps steps {sorted(found)}, not {step}: train with more --keep")
-    model, tokenizer = load_base(s)
-    add_lora(model, s.rank, s.alpha)
+        kept = f"{folder} keeps steps {sorted(found)}, not {step}"
+        raise UserError(f"{kept}: train with more --keep-checkpoints")
+    model, tokenizer = load_base(cfg)
+    add_lora(model, cfg.rank, cfg.alpha)
     files.check_tensors(found[step], lora_parameters(model), folder)
     for name, parameter in lora_parameters(model).items():
         parameter.data.copy_(found[step][name])
-    return model, tokenizer, s, load_split(s, tokenizer)[0]
+    return model, tokenizer, cfg, load_split(cfg, tokenizer)[0]
 
 
-def all_signals(model, r, s):
-    """The signals that any rule reads of all the completions of a Rollout, as `update` has them."""
-    advantages = group_advantages(r.rewards, s.advantage).flatten()
-    return read_signals(model, r, advantages, wanted_signals(s, compare=True), s)
+def all_signals(model, rollout, cfg):
+    """Return every signal that any rule reads, of all completions of a Rollout."""
+    advantages = group_advantages(rollout.rewards, cfg.advantage).flatten()
+    return measure_signals(model, rollout, advantages, cfg)

@@ -15,10 +15,11 @@ import credit
 import grpo
 from bench import common, credit_cost, ours, peers, speed
 from lora import adapter_off, lora_parameters
+from model import Qwen3
 from sample import generate
 
 HOUSE = Path(__file__).parent.parent
-SIZES = dict(device="cpu", dtype="fp32", prompts=2, samples=2, tokens=4, micro_tokens=4096)
+SIZES = dict(device="cpu", dtype="fp32", prompts=2, samples=2, tokens=4, micro_batch_tokens=4096)
 
 
 def installed(*names):
@@ -127,7 +128,8 @@ def test_the_work_is_counted_right(work):
     """FLOPs that nothing needs would make the share of the limit a boast. PyTorch's own counter
     sees the matrix products of what runs; it does not see attention on the CPU, 2 % here, nor the
     adapter's B, whose product is added in place."""
-    model, s = work.model, common.settings(samples=4, max_new_tokens=16)
+    model = work.model
+    cfg = common.settings(samples=4, max_new_tokens=16)
     prompt = work.problems[0]["prompt"]
     problems, lengths, prompts = [work.problems[0]] * 2, [16] * 8, [len(prompt)] * 2
     with FlopCounterMode(display=False) as counter:
@@ -136,13 +138,26 @@ def test_the_work_is_counted_right(work):
     B = sum(p.numel() for n, p in lora_parameters(model).items() if "lora_B" in n)
     unseen = 2 * B * (sum(prompts) + sum(lengths) - len(lengths))
     assert flops == pytest.approx(counter.get_total_flops() + unseen, rel=0.06)
-    r, advantages = ours.half_right(grpo.rollout(model, work.ends(False), problems, s, 1))
+    rollout = grpo.sample_rollout(model, work.ends(False), problems, cfg, 1)
+    rollout, advantages = ours.half_right(rollout)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    for s.credit in ("uniform", "arca"):
+    for rule in ("uniform", "arca"):
+        cfg.credit = rule
         with FlopCounterMode(display=False) as counter:
-            grpo.update(model, optimizer, r, advantages, s)
-        flops = common.update_work(model, prompts, lengths, s.credit == "arca")
+            grpo.update(model, optimizer, rollout, advantages, cfg)
+        flops = common.update_work(model, prompts, lengths, rule == "arca")
         assert flops == pytest.approx(counter.get_total_flops() + unseen, rel=0.06)
+
+
+def test_the_shapes_are_the_published_ones():
+    """A bench of another model than it says. Billions of parameters without the embeddings, as the
+    models' cards have them."""
+    for name, billions in {"0.6B": 0.44, "1.7B": 1.4}.items():
+        with torch.device("meta"):  # takes no memory
+            model = Qwen3(common.config_of(name))
+        count = sum(p.numel() for p in model.parameters())
+        without = count - model.model.embed_tokens.weight.numel()
+        assert without == pytest.approx(billions * 1e9, rel=0.015)
 
 
 def test_peak_memory_is_found_and_forgotten():
@@ -166,6 +181,7 @@ def gpu_sh(*flags, python=sys.executable):
     return ended.returncode, ended.stdout
 
 
+@pytest.mark.long
 def test_gpu_sh_in_small():
     """The script runs for the first time where a GPU is rented by the minute."""
     code, text = gpu_sh("--device", "cpu", "--small")
@@ -173,7 +189,7 @@ def test_gpu_sh_in_small():
     checks = [line for line in text.splitlines() if line.startswith(("| fp32", "| bf16"))]
     assert len(checks) == 12 and all(line.endswith("| yes |") for line in checks)
     rows = table(text)
-    for what in ("step, s", "sampling, TB/s", "update, --checkpoint, s", "peak of arca, GiB"):
+    for what in ("step, s", "sampling, TB/s", "update, checkpointing, s", "peak of arca, GiB"):
         assert float(rows[what][0]) > 0, what
     for what in ("step, ours, arca", "limit, update, ours, arca"):
         assert float(rows[what][3]) > 0, what

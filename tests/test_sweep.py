@@ -180,9 +180,9 @@ def test_other_code_is_another_run(tmp_path, monkeypatch):
     before = plan.code_key()
     monkeypatch.setattr(plan, "ROOT", tmp_path)
     assert plan.code_key() == before  # a clone elsewhere has the same runs
-    (tmp_path / "plumbing" / "credit_view.py").write_text("# only draws")
+    (tmp_path / "run/screen.py").write_text("# only shows")
     assert plan.code_key() == before
-    for name in ("grpo.py", "verifier/values.py", "plumbing/batches.py"):
+    for name in ("grpo.py", "verifier/values.py", "fast/packing.py", "run/metrics.py"):
         with open(tmp_path / name, "a") as file:
             file.write("#\n")
         assert plan.code_key() != before
@@ -358,6 +358,7 @@ def test_tables_do_not_depend_on_order(tmp_path):
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
+@pytest.mark.long
 def test_the_real_scripts(tmp_path):
     """The stand-ins above could be unlike the real ones: what train.py evaluates at its end,
     and the sweep from the adapter on disk, must be the same answers."""

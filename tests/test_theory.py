@@ -20,15 +20,15 @@ def case():
     """(model with an adapter that is not 0, a Rollout of four completions, settings)."""
     prompts = [[1, 2, 3], [4, 5]]
     completions = [[6, 7, 8, 9, 0], [3, 3, 0], [1, 10, 2, 0], [5, 4, 3, 2, 1, 0]]
-    s = settings(credit="arca")
-    s.advantage = "grpo"
-    return tiny_model(B=0.1), handmade(prompts, completions, [1, 0, 1, 0]), s
+    cfg = settings(credit="arca")
+    cfg.advantage = "grpo"
+    return tiny_model(B=0.1), handmade(prompts, completions, [1, 0, 1, 0]), cfg
 
 
 def signals_at(case, c):
-    model, r, s = case
+    model, rollout, cfg = case
     with scaled(model, c):
-        return all_signals(model, r, s)
+        return all_signals(model, rollout, cfg)
 
 
 # ---- The floor -----------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def test_a_dominating_floor_leaves_first_order_deviations():
 
 def test_a_negligible_floor_leaves_the_rule_itself():
     """Proposition 2, the other limit: what the floor is does not matter, nor the scores' scale."""
-    share = credit.share(SCORES, MASK, 1)
+    share = credit.normalize_scores(SCORES, MASK, 1)
     for scale in (1.0, 1e-12):
         w = floored(SCORES.double() * scale, MASK, 1e-9 * scale * 1e-3)
         assert torch.allclose(w, (share / share.sum(1, keepdim=True)).double(), atol=1e-7)
@@ -64,10 +64,10 @@ def test_a_negligible_floor_leaves_the_rule_itself():
 
 def test_bounds_hold_on_a_real_network(case):
     """With T the first bound holds at every scale, and the second proposition's as well."""
-    model, r, s = case
+    model, rollout, cfg = case
     limit = signals_at(case, 0.01)
     for c in (0.001, 0.1, 1.0, 10.0):
-        found = at_scale(model, r, s, c, limit)
+        found = at_scale(model, rollout, cfg, c, limit)
         assert (found["moved"] <= found["proved"] + 1e-6).all()
         assert (found["used"] <= 1).all()
         assert (found["moved"] > 0).all()
@@ -105,7 +105,7 @@ def test_one_linear_layer_is_exactly_invariant():
     for c in (1.0, 2.0**-10, 2.0**-60):
         layer.scale = scale * c
         residual = (layer(x) - layer.base(x)).norm(dim=-1).detach()
-        found.append(credit.share(residual, torch.ones(1, 7), 1))
+        found.append(credit.normalize_scores(residual, torch.ones(1, 7), 1))
     assert found[0].std() > 0.1
     assert torch.equal(found[0], found[1])
     assert torch.allclose(found[0], found[2], rtol=1e-5)
