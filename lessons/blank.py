@@ -23,7 +23,7 @@ from system.errors import UserError, run_cli
 
 HOUSE = Path(__file__).resolve().parent.parent
 FILES = ["model.py", "lora.py", "sample.py", "eval_math.py", "credit.py", "grpo.py", "train.py"]
-FILES += ["data/problems.py"]  # where boxes are found
+FILES += ["verifier/extract.py", "run/answers.py"]  # boxes, and intervals
 UNNEEDED = ("runs", ".git", ".venv", "venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info")
 LESSONS = {
     1: "a transformer that samples",
@@ -33,166 +33,204 @@ LESSONS = {
     5: "token credit and how it degenerates",
     6: "reading a result with controls",
 }
-LOGITS = "test_model.py::test_logits_equal_transformers"
-CACHE = "test_model.py::test_cache_equals_full_forward"
-UNEQUAL = "test_model.py::test_unequal_prompts_equal_each_alone"
-EDGES = "test_sample.py::test_draw_at_the_edges"
-BY_HAND = "test_credit.py::test_rules_by_hand"
-VANISH = "test_credit.py::test_a_row_whose_scores_vanish_is_exactly_uniform"
-CONCENTRATION = (
-    "test_credit.py::test_concentration_of_uniform_and_one_hot_rows",
-    "test_credit.py::test_concentration_by_brute_force",
-    "test_credit.py::test_concentration_of_a_ramp",
-)
 #   function: (lesson, the tests that grade it)
 EXERCISES = {
-    "rms_norm": (1, (LOGITS,)),
-    "rotary": (1, (LOGITS, UNEQUAL)),
-    "rotate": (1, (LOGITS, UNEQUAL)),
-    "attention": (1, (LOGITS, CACHE, UNEQUAL)),
-    "Attention.forward": (1, (LOGITS, CACHE, UNEQUAL)),
-    "KVCache.start": (1, (CACHE, UNEQUAL)),
-    "KVCache.attend": (1, (CACHE, UNEQUAL)),
+    "rms_norm": (1, "test_model.py::test_logits_equal_transformers"),
+    "rotary": (
+        1,
+        "test_model.py::test_logits_equal_transformers",
+        "test_model.py::test_unequal_prompts_equal_each_alone",
+    ),
+    "rotate": (
+        1,
+        "test_model.py::test_logits_equal_transformers",
+        "test_model.py::test_unequal_prompts_equal_each_alone",
+    ),
+    "attention": (
+        1,
+        "test_model.py::test_logits_equal_transformers",
+        "test_model.py::test_cache_equals_full_forward",
+        "test_model.py::test_unequal_prompts_equal_each_alone",
+    ),
+    "Attention.forward": (
+        1,
+        "test_model.py::test_logits_equal_transformers",
+        "test_model.py::test_cache_equals_full_forward",
+        "test_model.py::test_unequal_prompts_equal_each_alone",
+    ),
+    "KVCache.start": (
+        1,
+        "test_model.py::test_cache_equals_full_forward",
+        "test_model.py::test_unequal_prompts_equal_each_alone",
+    ),
+    "KVCache.attend": (
+        1,
+        "test_model.py::test_cache_equals_full_forward",
+        "test_model.py::test_unequal_prompts_equal_each_alone",
+    ),
+    "KVCache.copy_rows": (1, "test_sample.py::test_completion_depends_on_its_own_key_only"),
     "uniforms": (
         1,
-        ("test_sample.py::test_uniforms", "test_sample.py::test_other_keys_give_other_completions"),
+        "test_sample.py::test_uniforms",
+        "test_sample.py::test_other_keys_give_other_completions",
     ),
-    "cut": (
+    "top_p_filter": (
         1,
-        ("test_sample.py::test_cut_by_hand", "test_sample.py::test_cut_equals_transformers"),
+        "test_sample.py::test_top_p_filter_by_hand",
+        "test_sample.py::test_top_p_filter_equals_transformers",
     ),
-    "invert": (1, (EDGES, "test_sample.py::test_draw_equals_a_running_sum[4160]")),
-    "draw": (
+    "inverse_cdf": (
         1,
-        (
-            EDGES,
-            "test_sample.py::test_draw_equals_a_running_sum[4160]",
-            "test_sample.py::test_draw_is_exact_over_a_large_vocabulary",
-            "test_sample.py::test_distribution_is_the_models",
-        ),
+        "test_sample.py::test_draw_at_the_edges",
+        "test_sample.py::test_draw_equals_a_running_sum",
+        "test_sample.py::test_draw_is_exact_over_a_large_vocabulary",
+    ),
+    "sample_token": (
+        1,
+        "test_sample.py::test_top_p_filter_equals_transformers",
+        "test_sample.py::test_distribution_is_the_models",
     ),
     "LoRALinear.forward": (
         2,
-        (
-            "test_lora.py::test_peft_loads_ours",
-            "test_lora.py::test_adapter_off_is_the_base_model",
-            "test_lora.py::test_fp32_adapter_on_a_bf16_base",
-        ),
+        "test_lora.py::test_peft_loads_ours",
+        "test_lora.py::test_adapter_off_is_the_base_model",
+        "test_lora.py::test_fp32_adapter_on_a_bf16_base",
     ),
     "adapter_off": (
         2,
-        (
-            "test_lora.py::test_adapter_off_is_the_base_model",
-            "test_lora.py::test_adapter_off_restores_after_an_error",
-        ),
+        "test_lora.py::test_adapter_off_is_the_base_model",
+        "test_lora.py::test_adapter_off_restores_after_an_error",
     ),
     "add_lora": (
         2,
-        (
-            "test_lora.py::test_initial_adapter",
-            "test_lora.py::test_only_the_adapter_learns",
-            "test_lora.py::test_add_lora_refuses",
-        ),
+        "test_lora.py::test_initial_adapter",
+        "test_lora.py::test_only_the_adapter_learns",
+        "test_lora.py::test_add_lora_refuses",
     ),
-    "last_boxed": (3, ("test_eval_math.py::test_boxed_answers",)),
+    "last_boxed": (3, "test_eval_math.py::test_boxed_answers"),
     "extract_answer": (
         3,
-        ("test_eval_math.py::test_boxed_answers", "test_eval_math.py::test_stated_answers"),
+        "test_eval_math.py::test_boxed_answers",
+        "test_eval_math.py::test_stated_answers",
     ),
     "verify": (
         3,
-        (
-            "test_eval_math.py::test_right_answers",
-            "test_eval_math.py::test_wrong_answers",
-            "test_eval_math.py::test_no_answer_is_run",
-        ),
+        "test_eval_math.py::test_right_answers",
+        "test_eval_math.py::test_wrong_answers",
+        "test_eval_math.py::test_no_answer_is_run",
     ),
     "pass_at_k": (
         3,
-        (
-            "test_eval_math.py::test_pass_at_k_counts_subsets",
-            "test_eval_math.py::test_pass_at_k_refuses_nonsense",
-            "test_eval_math.py::test_pass_at_k_of_many_samples",
-        ),
+        "test_eval_math.py::test_pass_at_k_counts_subsets",
+        "test_eval_math.py::test_pass_at_k_refuses_nonsense",
+        "test_eval_math.py::test_pass_at_k_of_many_samples",
     ),
-    "group_advantages": (4, ("test_grpo.py::test_advantages_by_hand",)),
+    "group_advantages": (4, "test_grpo.py::test_advantages_by_hand"),
+    "make_batch": (
+        4,
+        "test_grpo.py::test_every_completion_token_learns_and_nothing_else",
+        "test_grpo.py::test_signals_are_those_of_the_predicting_state",
+    ),
+    "pad_rows": (
+        4,
+        "test_grpo.py::test_the_worked_example_of_pad_rows",
+        "test_grpo.py::test_batches_equal_each_row_alone",
+    ),
     "token_logps": (
         4,
-        (
-            "test_grpo.py::test_chunks_change_nothing",
-            "test_grpo.py::test_logits_are_not_kept_for_backward",
-        ),
+        "test_grpo.py::test_chunks_change_nothing",
+        "test_grpo.py::test_logits_are_not_kept_for_backward",
     ),
     "policy_objective": (
         4,
-        (
-            "test_grpo.py::test_clip_by_hand",
-            "test_grpo.py::test_loss_by_hand",
-            "test_grpo.py::test_second_update_uses_ratio_and_clip",
-        ),
+        "test_grpo.py::test_clip_by_hand",
+        "test_grpo.py::test_loss_by_hand",
+        "test_grpo.py::test_second_update_uses_ratio_and_clip",
     ),
     "kl_k3": (
         4,
-        (
-            "test_grpo.py::test_kl_estimate_is_the_kl_in_expectation_and_never_negative",
-            "test_grpo.py::test_kl_penalty_pulls_towards_the_base_model",
-        ),
+        "test_grpo.py::test_kl_estimate_is_the_kl_in_expectation_and_never_negative",
+        "test_grpo.py::test_kl_penalty_pulls_towards_the_base_model",
     ),
-    "add_gradient": (
+    "token_loss": (
         4,
-        (
-            "test_grpo.py::test_loss_by_hand",
-            "test_grpo.py::test_every_completion_token_learns_and_nothing_else",
-            "test_grpo.py::test_second_update_uses_ratio_and_clip",
-            "test_grpo.py::test_kl_penalty_pulls_towards_the_base_model",
-        ),
+        "test_grpo.py::test_loss_by_hand",
+        "test_grpo.py::test_second_update_uses_ratio_and_clip",
+        "test_grpo.py::test_kl_penalty_pulls_towards_the_base_model",
     ),
-    "clip_gradients": (4, ("test_grpo.py::test_gradients_are_clipped_jointly",)),
-    "share": (
+    "clip_and_step": (
+        4,
+        "test_grpo.py::test_gradients_are_clipped_jointly",
+        "test_grpo.py::test_a_gradient_that_is_not_finite_is_skipped",
+    ),
+    "update": (
+        4,
+        "test_grpo.py::test_loss_by_hand",
+        "test_grpo.py::test_micro_batches_change_nothing",
+        "test_grpo.py::test_second_update_uses_ratio_and_clip",
+    ),
+    "normalize_scores": (
         5,
-        (BY_HAND, VANISH, "test_credit.py::test_only_scores_that_are_zero_vanish"),
+        "test_credit.py::test_rules_by_hand",
+        "test_credit.py::test_a_row_whose_scores_vanish_is_exactly_uniform",
+        "test_credit.py::test_only_scores_that_are_zero_vanish",
     ),
-    "arca": (5, (BY_HAND, "test_grpo.py::test_arca_does_not_depend_on_the_scale_of_the_adapter")),
-    "entropy_reduction": (5, (BY_HAND, VANISH)),
-    "signals": (
+    "arca": (
         5,
-        (
-            "test_grpo.py::test_signals_are_those_of_the_predicting_state",
-            "test_grpo.py::test_credit_is_uniform_before_the_first_step",
-            "test_grpo.py::test_arca_layers",
-        ),
+        "test_credit.py::test_rules_by_hand",
+        "test_grpo.py::test_arca_does_not_depend_on_the_scale_of_the_adapter",
     ),
-    "gini": (5, CONCENTRATION),
-    "effective_token_ratio": (5, CONCENTRATION),
-    "permuted": (6, ("test_credit.py::test_permuted",)),
-    "random": (6, ("test_credit.py::test_random",)),
-    "wilson": (6, ("test_eval_math.py::test_wilson_intervals",)),
+    "entropy_reduction": (
+        5,
+        "test_credit.py::test_rules_by_hand",
+        "test_credit.py::test_a_row_whose_scores_vanish_is_exactly_uniform",
+    ),
+    "score": (
+        5,
+        "test_grpo.py::test_signals_are_those_of_the_predicting_state",
+        "test_grpo.py::test_credit_is_uniform_before_the_first_step",
+    ),
+    "gini": (
+        5,
+        "test_credit.py::test_concentration_of_uniform_and_one_hot_rows",
+        "test_credit.py::test_concentration_by_brute_force",
+        "test_credit.py::test_concentration_of_a_ramp",
+    ),
+    "effective_token_ratio": (
+        5,
+        "test_credit.py::test_concentration_of_uniform_and_one_hot_rows",
+        "test_credit.py::test_concentration_by_brute_force",
+        "test_credit.py::test_concentration_of_a_ramp",
+    ),
+    "permuted": (6, "test_credit.py::test_permuted"),
+    "random": (6, "test_credit.py::test_random"),
+    "wilson": (6, "test_eval_math.py::test_wilson_intervals"),
 }
 
 
 def functions() -> dict:
-    """Every function of FILES by its name, such as `rotary` or `Attention.forward`: its file and
-    its node in the syntax tree. Not `main`, of which each command line has one."""
+    """Return every function of FILES by its name, such as `rotary` or `Attention.forward`: its file
+    and its node in the syntax tree. Not `main`, of which each command line has one."""
     found = {}
     for file in FILES:
-        tree = ast.parse((HOUSE / file).read_bytes())
-        for node in tree.body:
-            inner = node.body if isinstance(node, ast.ClassDef) else [node]
-            prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
-            found |= {prefix + x.name: (file, x) for x in inner if isinstance(x, ast.FunctionDef)}
-    found.pop("main")
+        for node in ast.parse((HOUSE / file).read_bytes()).body:
+            if isinstance(node, ast.FunctionDef) and node.name != "main":
+                found[node.name] = (file, node)
+            if isinstance(node, ast.ClassDef):
+                methods = [inner for inner in node.body if isinstance(inner, ast.FunctionDef)]
+                found.update({f"{node.name}.{inner.name}": (file, inner) for inner in methods})
     return found
 
 
 def body(node) -> slice:
-    """The lines of a function's body, without its docstring; line 1 of the file is 0."""
+    """Return the lines of a function's body, without its docstring; line 1 of the file is 0."""
     first = node.body[0]
     start = first.end_lineno if ast.get_docstring(node) is not None else first.lineno - 1
     return slice(start, node.end_lineno)
 
 
 def blanked(source: str, nodes: dict) -> str:
-    """The source of a file without the bodies of these functions of it, given by name."""
+    """Return the source of a file without the bodies of these functions of it, given by name."""
     lines = source.split("\n")
     for name, node in sorted(nodes.items(), key=lambda item: -item[1].lineno):
         say = f'raise NotImplementedError("yours to write: {name}")'
@@ -201,10 +239,14 @@ def blanked(source: str, nodes: dict) -> str:
 
 
 def unneeded(folder, names):
-    """Of these names in a folder of the project, those that a copy can do without: what runs, git
-    and tools leave, and other copies."""
-    kept = {name for name in names if not any(fnmatch(name, pattern) for pattern in UNNEEDED)}
-    return [n for n in names if n not in kept or (Path(folder) / n / "pyproject.toml").exists()]
+    """Return those of the names in a folder of the project that a copy can do without: what runs,
+    git and tools leave, and other copies."""
+    left_out = []
+    for name in names:
+        is_copy = (Path(folder) / name / "pyproject.toml").exists()
+        if is_copy or any(fnmatch(name, pattern) for pattern in UNNEEDED):
+            left_out.append(name)
+    return left_out
 
 
 def copy_project(out: Path):
@@ -217,7 +259,7 @@ def copy_project(out: Path):
 
 
 def make_blank(names, out: Path):
-    """A copy of the project in `out` in which these functions of it have no body."""
+    """Make a copy of the project in `out` in which these functions of it have no body."""
     known = functions()
     copy_project(out)
     for file in FILES:
@@ -227,18 +269,20 @@ def make_blank(names, out: Path):
 
 
 def tests_of(name) -> list[str]:
-    """The tests that grade a function, as pytest wants them; none if it is not listed."""
-    return [f"tests/{test}" for test in EXERCISES.get(name, (0, ()))[1]]
+    """Return the tests that grade a function, as pytest wants them; none if it is not listed."""
+    _, *tests = EXERCISES.get(name, (0,))
+    return [f"tests/{test}" for test in tests]
 
 
 def show_list():
     known = functions()
     for lesson, title in LESSONS.items():
         print(f"lesson {lesson}: {title}")
-        for name in (name for name, (number, _) in EXERCISES.items() if number == lesson):
-            file, node = known[name]
-            print(f"  {name}  ({file}, line {node.lineno})")
-            print(*(f"    {test}" for test in tests_of(name)), sep="\n")
+        for name, (number, *_) in EXERCISES.items():
+            if number == lesson:
+                file, node = known[name]
+                print(f"  {name}  ({file}, line {node.lineno})")
+                print(*(f"    {test}" for test in tests_of(name)), sep="\n")
 
 
 def main():
@@ -246,24 +290,27 @@ def main():
     parser.add_argument("names", nargs="*", metavar="NAME", help="rotary, Attention.forward, ...")
     parser.add_argument("--list", action="store_true", help="functions by lesson, and their tests")
     parser.add_argument("--out", help="the copy; default: beside the project, with the first NAME")
-    s = parser.parse_args()
-    if s.list:
+    args = parser.parse_args()
+    if args.list:
         return show_list()
-    if not s.names:
+    if not args.names:
         raise UserError("name a function to blank: --list shows those worth it")
-    known, names = functions(), list(dict.fromkeys(s.names))
+    known = functions()
+    names = list(dict.fromkeys(args.names))
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, cutoff=0.5) or ["see --list"]
             raise UserError(f"no function {name}: {', '.join(near)}")
-    out = Path(s.out) if s.out else HOUSE.with_name(f"{HOUSE.name}-{names[0]}")
+
+    out = Path(args.out) if args.out else HOUSE.with_name(f"{HOUSE.name}-{names[0]}")
     make_blank(names, out)
     for name in names:
         file, node = known[name]
         print(f"{name} is yours to write: {out / file}, line {node.lineno}")
     tests = list(dict.fromkeys(test for name in names for test in tests_of(name)))
-    print("graded by" + " all tests, as not all of these have their own" * (not tests), end="\n\n")
-    print(f"    cd {shlex.quote(str(out))} && python -m pytest -x --tb=short {shlex.join(tests)}")
+    print("graded by" if tests else "graded by all tests, as not all of these have their own")
+    command = f"python -m pytest -n 0 -x --tb=short {shlex.join(tests)}"
+    print(f"\n    cd {shlex.quote(str(out))} && {command}")
 
 
 if __name__ == "__main__":

@@ -15,37 +15,45 @@ from hf.checkpoint import load_model, load_tokenizer
 from model import KVCache
 
 ROWS = 8
+LENGTHS = (32, 64, 128, 256)
 
 
-def reread(model, ids):
-    """States (B, T, D) without a cache: for each token, all before it is read again."""
-    return torch.stack([model(ids[:, :t])[:, -1] for t in range(1, ids.shape[1] + 1)], dim=1)
+def read_again(model, ids):
+    """Return states (B, T, D) without a cache: for each token, all before it are read again."""
+    states = [model(ids[:, :t])[:, -1] for t in range(1, ids.shape[1] + 1)]
+    return torch.stack(states, dim=1)
 
 
-def cached(model, ids):
-    """The same states, each from one new token and the keys and values of those before it."""
+def read_once(model, ids):
+    """Return the same states, each from one new token and the keys and values of those before."""
     cache = KVCache(model.config, *ids.shape, model.device, torch.float32)
-    return torch.cat([model(ids[:, t : t + 1], cache) for t in range(ids.shape[1])], dim=1)
+    states = [model(ids[:, t : t + 1], cache) for t in range(ids.shape[1])]
+    return torch.cat(states, dim=1)
 
 
 def timed(function, *inputs):
-    """What it returns, and the seconds of computing that took (all threads together)."""
+    """Return what a function returns, and the seconds of CPU it took (all threads together)."""
     started = time.process_time()
-    return function(*inputs), time.process_time() - started
+    result = function(*inputs)
+    return result, time.process_time() - started
 
 
 @torch.no_grad()
 def main():
-    model, tokenizer = load_model(TINY), load_tokenizer(TINY)
+    model = load_model(TINY)
+    tokenizer = load_tokenizer(TINY)
     text = " ".join(p["solution"] for p in load_problems("tiny", "test"))
-    print(
-        f"{ROWS} rows at once\n{'tokens':>6}  {'reading again':>13}  {'with cache':>10}  difference"
-    )
-    for T in (32, 64, 128, 256):
-        ids = torch.tensor(tokenizer.encode(text)[: ROWS * T]).view(ROWS, T)
-        (slow, seconds), (fast, less) = timed(reread, model, ids), timed(cached, model, ids)
-        gap = (model.logits(slow).log_softmax(-1) - model.logits(fast).log_softmax(-1)).abs().max()
-        print(f"{T:6}  {seconds:11.2f} s  {less:8.2f} s  {gap:10.1e}", flush=True)
+    tokens = torch.tensor(tokenizer.encode(text))
+    print(f"{ROWS} rows at once")
+    print("tokens  reading again  with cache  difference")
+    for T in LENGTHS:
+        ids = tokens[: ROWS * T].view(ROWS, T)
+        slow, slow_seconds = timed(read_again, model, ids)
+        fast, fast_seconds = timed(read_once, model, ids)
+        slow_logps = model.logits(slow).log_softmax(-1)
+        fast_logps = model.logits(fast).log_softmax(-1)
+        gap = (slow_logps - fast_logps).abs().max()
+        print(f"{T:6}  {slow_seconds:11.2f} s  {fast_seconds:8.2f} s  {gap:10.1e}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,28 +17,30 @@ from run.answers import read_answers
 from system.errors import UserError, run_cli
 from verifier.extract import extract_answer
 
+NUMBER = re.compile(r"(-?\d+(?:\.\d+)?)(?:/(\d+))?")
+
 
 def substring(completion, gold):
-    """Right if the gold answer stands anywhere. Many a first reward was this."""
+    """Return whether the gold answer stands anywhere. Many a first reward was this."""
     return gold in completion
 
 
 def string(completion, gold):
-    """Right if the box holds the same characters, as in ARCA's released code."""
+    """Return whether the box holds the same characters, as in ARCA's released code."""
     return extract_answer(completion) == gold
 
 
 def number(completion, gold):
-    """Right if the last number is within a millionth of the gold one."""
-    found = re.findall(r"-?\d+(?:\.\d+)?(?:/\d+)?", completion)
-    values = [
-        float(top) / float(low or 1) for top, _, low in (x.partition("/") for x in found[-1:])
-    ]
-    return gold.lstrip("-").isdigit() and any(abs(x - float(gold)) < 1e-6 for x in values)
+    """Return whether the last number is within a millionth of the gold one."""
+    found = NUMBER.findall(completion)
+    if not found or not gold.lstrip("-").isdigit():
+        return False
+    top, bottom = found[-1]
+    return abs(float(top) / float(bottom or 1) - float(gold)) < 1e-6
 
 
 def shows_work(completion, gold):
-    """Right if it calculates something, whatever it answers: a reward for form alone."""
+    """Return whether it calculates something, whatever it answers: a reward for form alone."""
     return "=" in completion
 
 
@@ -63,41 +65,47 @@ ANSWERS = [  # a completion, the gold answer, whether it is right
 
 
 def on_handmade():
-    """Every grader's verdict on ANSWERS, with a ! where it is wrong, and how many of those."""
+    """Print every grader's verdict on ANSWERS, with a ! where it is wrong, and how many are."""
     print(f"{'right?':7}" + "".join(f"{g.__name__:>11}" for g in GRADERS) + "   gold <- completion")
     wrong = dict.fromkeys(GRADERS, 0)
     for completion, gold, right in ANSWERS:
-        verdicts = [bool(grader(completion, gold)) for grader in GRADERS]
-        for grader, said in zip(GRADERS, verdicts, strict=True):
-            wrong[grader] += said != right
-        cells = "".join(f"{('yes' if v else 'no') + '!' * (v != right):>11}" for v in verdicts)
-        print(f"{'yes' if right else 'no':7}{cells}   {gold} <- {completion}")
+        line = f"{'yes' if right else 'no':7}"
+        for grader in GRADERS:
+            paid = bool(grader(completion, gold))
+            cell = "yes" if paid else "no"
+            if paid != right:
+                cell += "!"
+                wrong[grader] += 1
+            line += f"{cell:>11}"
+        print(f"{line}   {gold} <- {completion}")
     print(f"{'errors':7}" + "".join(f"{count:11}" for count in wrong.values()))
 
 
 def on_a_model(path):
-    """What each grader pays of a model's guesses and of what it worked out, beside `verify`."""
-    rows = [(r["completion"], r["gold"]) for r in read_answers(path, "completion", "gold")]
-    ways = {"guessed": [x for x in rows if "Clearly" in x[0]]}
-    ways["worked out"] = [x for x in rows if "Clearly" not in x[0]]
-    for way, own in ways.items():
-        truth = [verify(*x) for x in own]
+    """Print what each grader pays of a model's guesses and of what it worked out."""
+    rows = [(row["completion"], row["gold"]) for row in read_answers(path, "completion", "gold")]
+    guessed = [row for row in rows if "Clearly" in row[0]]
+    worked_out = [row for row in rows if "Clearly" not in row[0]]
+    for way, own in (("guessed", guessed), ("worked out", worked_out)):
+        truth = [verify(*row) for row in own]
         print(f"{len(own)} {way}, {sum(truth)} right")
         for grader in GRADERS[:-1]:
-            pairs = [(bool(grader(*x)), right) for x, right in zip(own, truth, strict=True)]
-            paid, refused = pairs.count((True, False)), pairs.count((False, True))
+            verdicts = [bool(grader(*row)) for row in own]
+            pairs = list(zip(verdicts, truth, strict=True))
+            paid = pairs.count((True, False))
+            refused = pairs.count((False, True))
             print(f"  {grader.__name__:10} pays {paid} wrong ones, refuses {refused} right ones")
 
 
 def main():
     if "--train" in sys.argv:
         at = sys.argv.index("--train")
-        name = sys.argv[at + 1] if at + 1 < len(sys.argv) else ""
+        name = "".join(sys.argv[at + 1 : at + 2])
         rewards = {grader.__name__: grader for grader in (shows_work, *GRADERS)}
         if name not in rewards:
             raise UserError(f"--train {name}: give one of {', '.join(rewards)}")
-        del sys.argv[at : at + 2]
-        grpo.verify = rewards[name]  # the reward; evaluations go on with eval_math's own
+        del sys.argv[at : at + 2]  # the rest are flags of train.py
+        grpo.verify = rewards[name]  # the reward; evaluations keep eval_math's own
         return train.main()
     if len(sys.argv) > 1:
         return on_a_model(sys.argv[1])

@@ -24,26 +24,34 @@ from train import Settings
 def main():
     parser = argparse.ArgumentParser(description="Scale a trained adapter's B down to nothing.")
     parser.add_argument("--run", default="runs/lesson", help="the folder of a run")
-    s = Settings(samples=2)
-    s.adapter = str(Path(parser.parse_args().run, "adapter"))
-    model, tokenizer = load_base(s)
+    run = parser.parse_args().run
+
+    # 1) The trained model, and completions that stay the same below.
+    cfg = Settings(samples=2)
+    cfg.adapter = str(Path(run, "adapter"))
+    model, tokenizer = load_base(cfg)
     problems = [add_prompts(p, tokenizer) for p in load_problems("tiny", "test")[:16]]
-    r = grpo.rollout(model, tokenizer, problems, s, step=0)
-    layers, rows = lora_layers(model).values(), torch.arange(len(r.texts))
-    trained, first = [layer.lora_B.weight.clone() for layer in layers], None
+    rollout = grpo.sample_rollout(model, tokenizer, problems, cfg, step=0)
+    rows = torch.arange(len(rollout.texts))
+
+    # 2) The same completions scored with B made smaller and smaller.
+    layers = lora_layers(model).values()
+    trained = [layer.lora_B.weight.clone() for layer in layers]
+    first = None  # ARCA's multipliers at B times 1
     print("B times   log-probs moved   mean residual   Gini of ARCA   ", end="")
     print("rank correlation with B times 1")
     for scale in (1, 0.3, 0.1, 0.01, 0.001, 0):
         for layer, B in zip(layers, trained, strict=True):
             layer.lora_B.weight.copy_(scale * B)
-        b, logps, found = grpo.signals(model, r, rows, {"residual", "ref_logp"}, s)
-        m = token_weights("arca", Signals(b.mask, residual=found["residual"]))
-        first = m if first is None else first
-        moved = (logps - found["ref_logp"]).abs()[b.mask].mean()
-        residual = found["residual"][b.mask]
-        same = rank_correlation(first, m, b.mask).mean()
-        print(f"{scale:7g} {moved:17.2g} {residual.mean():15.2g}", end="")
-        print(f"{gini(m, b.mask).mean():15.2f} {same:33.2f}")
+        batch, logps, found = grpo.score(model, rollout, rows, {"residual", "ref_logp"}, cfg)
+        mask = batch.mask
+        multipliers = token_weights("arca", Signals(mask, residual=found["residual"]))
+        first = multipliers if first is None else first
+        moved = (logps - found["ref_logp"]).abs()[mask].mean()
+        residual = found["residual"][mask].mean()
+        same = rank_correlation(first, multipliers, mask).mean()
+        concentration = gini(multipliers, mask).mean()
+        print(f"{scale:7g} {moved:17.2g} {residual:15.2g} {concentration:14.2f} {same:33.2f}")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@ python lessons/power.py 93.2 90.6 93.6    # the results of one rule's seeds, in 
 """
 
 import argparse
+import math
 from statistics import NormalDist, mean, stdev
 
 
 def seeds_needed(spread, difference, power=0.8, level=0.05):
-    """Seeds for each of two rules such that a two-sided test at this level sees the difference with
-    this probability: 2 ((z_level + z_power) spread / difference)^2, for normal results of known
-    spread, so for few seeds it is too small by one or two."""
+    """Return how many seeds of each of two rules a two-sided test at this level needs to see the
+    difference with this probability: 2 ((z_level + z_power) spread / difference)^2.
+
+    That is for normal results of known spread, so for few seeds it is too small by one or two.
+    """
     z = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(power)
     return 2 * (z * spread / difference) ** 2
 
@@ -19,12 +22,11 @@ def main():
     parser = argparse.ArgumentParser(description="Seeds that it takes to tell two rules apart.")
     parser.add_argument("results", nargs="+", type=float, help="of a rule's seeds, in per cent")
     results = parser.parse_args().results
+    center = mean(results)
     spread = stdev(results)
-    print(
-        f"{len(results)} seeds: mean {mean(results):.1f} %, standard deviation {spread:.2f} points"
-    )
+    print(f"{len(results)} seeds: mean {center:.1f} %, standard deviation {spread:.2f} points")
     for difference in (0.5, 1, 2, 3, 5, 10):
-        n = max(2, -int(-seeds_needed(spread, difference) // 1))
+        n = max(2, math.ceil(seeds_needed(spread, difference)))
         print(f"a difference of {difference:4} points: {n:4} seeds of each rule")
 
 

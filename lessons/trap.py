@@ -18,7 +18,7 @@ from lessons.blank import copy_project
 from system.errors import UserError, run_cli
 
 PAGE = Path(__file__).with_name("traps.md")
-QUIETLY = ["-x", "-q", "--tb=short", "--no-header", "-p", "no:cacheprovider"]
+QUIETLY = ["-o", "addopts=", "-x", "-q", "--tb=short", "--no-header", "-p", "no:cacheprovider"]
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Trap:
 
 
 def read_traps() -> dict[str, Trap]:
-    """The traps of traps.md by their numbers: a heading, the first diff and the first test under
-    it. The page is their only source."""
+    """Return the traps of traps.md by their numbers: a heading, the first diff and the first test
+    under it. The page is their only source."""
     _, *parts = re.split(r"^## (\d+)\. ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     traps = {}
     for number, text in zip(parts[::2], parts[1::2], strict=True):
@@ -49,7 +49,8 @@ def apply(patch: str, folder: Path):
         text = path.read_text(encoding="utf-8")
         for hunk in hunks:
             lines = [line or " " for line in hunk.removesuffix("\n").split("\n")]
-            old, new = ("".join(f"{x[1:]}\n" for x in lines if x[0] != sign) for sign in "+-")
+            old = "".join(f"{line[1:]}\n" for line in lines if line[0] != "+")
+            new = "".join(f"{line[1:]}\n" for line in lines if line[0] != "-")
             places = [m.start() for m in re.finditer(f"^(?={re.escape(old)})", text, re.MULTILINE)]
             if len(places) != 1:
                 raise UserError(f"the patch does not fit {path.name} any more: mend {PAGE.name}")
@@ -58,20 +59,21 @@ def apply(patch: str, folder: Path):
 
 
 def make_trapped(trap: Trap, out: Path):
-    """A copy of the project in `out` that has the bug."""
+    """Make a copy of the project in `out` that has the bug."""
     copy_project(out)
     apply(trap.patch, out)
 
 
 def evidence(said: str) -> str:
-    """Of what pytest printed, the statement that failed and the first lines of why."""
+    """Return of what pytest printed the statement that failed and the first lines of why."""
     lines = [line[:100] for line in said.split("\n")]
     places = [i for i, line in enumerate(lines) if re.match(r"tests/\S+:\d+: in ", line)]
     return "\n".join(lines[places[-1] :][:6] if places else lines[-6:])
 
 
 def caught(code: int, said: str) -> bool:
-    """Whether a test failed, and by an assertion: a crash is no proof that it looks at the bug."""
+    """Return whether a test failed, and by an assertion: a crash is no proof that it looks at the
+    bug."""
     return code == 1 and bool(re.search(r"^E   +(assert|AssertionError)\b", said, re.MULTILINE))
 
 
@@ -79,17 +81,17 @@ def main():
     parser = argparse.ArgumentParser(description="A silent bug, and the test that catches it.")
     parser.add_argument("number", nargs="?", help="which of traps.md; without it they are listed")
     parser.add_argument("--out", help="keep the copy with the bug in this folder")
-    s = parser.parse_args()
+    args = parser.parse_args()
     traps = read_traps()
-    if s.number is None:
-        return print(
-            *(f"{n:>2}  {trap.title}\n    {trap.test}" for n, trap in traps.items()), sep="\n"
-        )
-    if s.number not in traps:
-        raise UserError(f"no trap {s.number}: there are 1 to {len(traps)}")
-    trap = traps[s.number]
+    if args.number is None:
+        for number, trap in traps.items():
+            print(f"{number:>2}  {trap.title}\n    {trap.test}")
+        return
+    if args.number not in traps:
+        raise UserError(f"no trap {args.number}: there are 1 to {len(traps)}")
+    trap = traps[args.number]
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(s.out or f"{scratch}/copy")
+        out = Path(args.out or f"{scratch}/copy")
         make_trapped(trap, out)
         print(f"{trap.title}\n\n{trap.patch}\n{trap.test}", flush=True)
         command = [sys.executable, "-m", "pytest", *QUIETLY, trap.test]

@@ -1,9 +1,10 @@
 """The exercises and traps of lessons/: every blank makes its tests fail, a usual mistake in its
 place too, what was there makes them pass, and every trap is caught.
 
-Each of these is a copy of the project that has to be tested on its own. So one process imports the
-libraries, which takes seconds, and forks for each copy; in the fork nothing of the project is
-imported yet, and pytest finds the copy's own modules.
+Each of these is a copy of the project that has to be tested on its own, which takes minutes: those
+tests are marked long. One process imports the libraries, which takes seconds, and forks for each
+copy; in the fork nothing of the project is imported yet, and pytest finds the copy's own modules.
+The quick tests see that every function, line and test exists of which the exercises speak.
 """
 
 import ast
@@ -11,6 +12,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,7 @@ from system.errors import UserError
 
 HOUSE = Path(__file__).parent.parent
 AT_ONCE = 2  # copies tested at the same time
-QUICKLY = ["-q", "--tb=short", "--assert=plain", "-p", "no:cacheprovider"]
+QUICKLY = ["-o", "addopts=", "-q", "--tb=short", "--assert=plain", "-p", "no:cacheprovider"]
 LIBRARIES = ["sympy", "hypothesis", "peft", "safetensors.torch", "tokenizers", "tqdm"]
 LIBRARIES += ["transformers.generation", "torch.utils.checkpoint", "transformers.models.auto"]
 LIBRARIES += [f"transformers.models.{x}.modeling_{x}" for x in ("qwen3", "qwen2", "llama")]
@@ -35,16 +37,17 @@ INTERLEAVED = "F.scaled_dot_product_attention(q, k.repeat(1, len(q[0]) // len(k[
 INTERLEAVED += "v.repeat(1, len(q[0]) // len(v[0]), 1, 1)"
 MISTAKES = {  # what people write there: the right words, and the wrong ones
     "rms_norm": ("eps=eps", "eps=1e-6"),
-    "rotary": ("-pair / head_dim", "-2 * pair / head_dim"),
+    "rotary": ("-even / head_dim", "-2 * even / head_dim"),
     "rotate": ("x.shape[-1] // 2", "1"),  # neighbours as pairs
     "attention": ("F.scaled_dot_product_attention(q, k, v", INTERLEAVED),
     "Attention.forward": ("rotate(k, rope)", "k"),
     "KVCache.start": ("<= self.positions", "< self.positions"),  # a token does not see itself
     "KVCache.attend": ("= v.transpose", "= k.transpose"),
+    "KVCache.copy_rows": ("int(self.lengths[:end].max()) if end else 0", "S"),  # cuts longer rows
     "uniforms": ("int(sample)", "0"),  # all samples of a prompt are the same
-    "cut": ("likelier >= top_p", "likelier + masses >= top_p"),  # without the token that crosses
-    "invert": ("right=True", "right=False"),  # u = 0 draws what has no probability
-    "draw": ("u * probs.sum(-1)", "u"),  # as if a cut distribution still summed to one
+    "top_p_filter": ("mass_before >= top_p", "mass_before + masses >= top_p"),  # loses one token
+    "inverse_cdf": ("u * probs.sum(-1)", "u"),  # as if a cut distribution still summed to one
+    "sample_token": ("top_p_filter(logps.exp(), top_p, top_k)", "logps.exp()"),
     "LoRALinear.forward": ("alpha=self.scale", "alpha=self.alpha"),
     "adapter_off": ("layer.on = on", "layer.on = True"),  # the inner of two switches it on again
     "add_lora": ("layer.base.in_features", "layer.base.out_features"),
@@ -53,25 +56,76 @@ MISTAKES = {  # what people write there: the right words, and the wrong ones
     "verify": ("bool(same_answer(answer, str(gold)))", "answer == str(gold)"),
     "pass_at_k": ("math.comb(n - c, k) / math.comb(n, k)", "(1 - c / n) ** k"),  # biased
     "group_advantages": (".std(dim=1, keepdim=True)", ".std(dim=1, keepdim=True, correction=0)"),
+    "make_batch": ("torch.arange(T) < lengths", "torch.arange(T) <= lengths"),  # padding learns
+    "pad_rows": ("len(prompt) - 1 for", "len(prompt) for"),  # the state that has read the token
     "token_logps": (".float() / temperature", ".float()"),
     "policy_objective": ("1 + clip_high", "1 + clip_low"),
     "kl_k3": ("log_ratio.exp() - 1 - log_ratio", "-log_ratio"),  # k1, which may be negative
-    "add_gradient": ("here.advantage[:, None] * m", "here.advantage[:, None]"),  # no credit
-    "clip_gradients": (".clamp(max=1)", ""),  # small gradients are blown up
-    "share": ("s / largest.clamp(min=tiny)", "s + 1e-8"),  # the paper's epsilon
-    "arca": ("s.residual", "s.residual**2"),
-    "entropy_reduction": (" * has_next", ""),  # 0 at the last column, not at the last token
-    "signals": (".norm(dim=-1)", ".abs().sum(dim=-1)"),
-    "gini": ("columns - (w.shape[1] - length)", "columns"),  # padding is ranked
+    "token_loss": ("objective - cfg.kl_coef", "objective + cfg.kl_coef"),  # away from the base
+    "clip_and_step": ("math.isfinite(norm) and math.isfinite(loss)", "math.isfinite(loss)"),
+    "update": ("here.advantage[:, None] * m", "here.advantage[:, None]"),  # no credit
+    "normalize_scores": ("scores / largest.clamp(min=tiny)", "scores + 1e-8"),  # an epsilon
+    "arca": ("signals.residual", "signals.residual**2"),
+    "entropy_reduction": (" * signals.mask[:, 1:]", ""),  # 0 at the last column only
+    "score": (".norm(dim=-1)", ".abs().sum(dim=-1)"),
+    "gini": ("columns - (w.shape[1] - T)", "columns"),  # padding is ranked
     "effective_token_ratio": ("mask.double().sum(dim=1)", "mask.shape[1]"),
-    "permuted": (".masked_fill(~s.mask.bool(), 2.0)", ""),  # padding is shuffled in
-    "random": ("s.mask, 1)", "s.mask, p)"),  # sharpened a second time
+    "permuted": (".masked_fill(~signals.mask.bool(), 2.0)", ""),  # padding is shuffled in
+    "random": ("mask, 1)", "mask, power)"),  # sharpened a second time
     "wilson": ("mean * (1 - mean) + a / 4", "mean * (1 - mean)"),
 }
 
+
+# ---- Everything that is named exists -------------------------------------------------------------
+def body_of(file, node):
+    """Return the lines of a function's body, as the project has them."""
+    lines = (HOUSE / file).read_text(encoding="utf-8").split("\n")
+    return "\n".join(lines[blank.body(node)])
+
+
+def defined_tests():
+    """Return by name, as pytest writes it, what stands above each test of the project."""
+    found = {}
+    for path in (HOUSE / "tests").glob("test_*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef):
+                decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+                found[f"tests/{path.name}::{node.name}"] = decorators
+    return found
+
+
+def test_exercises_and_mistakes_exist():
+    """A function that was renamed, or whose body no longer has the line where people go wrong."""
+    known = blank.functions()
+    assert blank.EXERCISES.keys() <= known.keys()
+    assert MISTAKES.keys() == blank.EXERCISES.keys()
+    for name, (right, _) in MISTAKES.items():
+        assert body_of(*known[name]).count(right) == 1, (name, right)
+
+
+def test_named_tests_exist():
+    """A test that was renamed grades nothing, nor does one that the plain pytest command leaves
+    out."""
+    tests = defined_tests()
+    named = {test for name in blank.EXERCISES for test in blank.tests_of(name)}
+    named |= {found.test for found in trap.read_traps().values()}
+    assert named <= tests.keys(), named - tests.keys()
+    assert not [test for test in named if "pytest.mark.long" in tests[test]]
+
+
+@pytest.mark.parametrize("number", trap.read_traps())
+def test_patches_fit(number, tmp_path):
+    """A patch of a line that is no more, or that stands there twice."""
+    patch = trap.read_traps()[number].patch
+    for file in re.findall(r"^--- a/(.*)$", patch, flags=re.MULTILINE):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(HOUSE / file, tmp_path / file)
+    trap.apply(patch, tmp_path)
+    for file in re.findall(r"^--- a/(.*)$", patch, flags=re.MULTILINE):
+        ast.parse((tmp_path / file).read_text(encoding="utf-8"))
+
+
 # ---- Many copies, each tested in a process of its own --------------------------------------------
-
-
 class OneFailure:
     """To pytest: once a test has failed, leave out its other cases."""
 
@@ -92,9 +146,7 @@ def put_back(folder, names, old="", new=""):
     known = blank.functions()
     for name in names:
         file, node = known[name]
-        lines = (HOUSE / file).read_text(encoding="utf-8").split("\n")[blank.body(node)]
-        written = "\n".join(lines)
-        assert not old or written.count(old) == 1, f"{name} has no {old} any more"
+        written = body_of(file, node)
         text = (folder / file).read_text(encoding="utf-8")
         [line] = [x for x in text.split("\n") if x.endswith(f'("yours to write: {name}")')]
         text = text.replace(line, written.replace(old, new) if old else written)
@@ -156,7 +208,9 @@ def serve(logs):
         import_module(library)
     gc.freeze()  # or each fork looks through all that was imported
     sys.dont_write_bytecode = True
-    jobs, running, done = json.load(sys.stdin), {}, {}
+    jobs = json.load(sys.stdin)
+    running = {}
+    done = {}
     while jobs or running:
         if jobs and len(running) < AT_ONCE:
             job, log = jobs.pop(0), f"{logs}/{len(jobs)}"
@@ -186,8 +240,7 @@ def said(tmp_path_factory):
 
 
 # ---- Exercises -----------------------------------------------------------------------------------
-
-
+@pytest.mark.long
 @pytest.mark.parametrize("name", blank.EXERCISES)
 def test_a_blank_makes_its_tests_fail(said, name):
     """A test that is said to grade a function and does not touch it: all of those named fail, and
@@ -200,6 +253,7 @@ def test_a_blank_makes_its_tests_fail(said, name):
         assert any(f == test or f.startswith(f"{test}[") for f in failed), test
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", blank.EXERCISES)
 def test_a_usual_mistake_is_noticed(said, name):
     """A grade for having written something: a body that is nearly right has to fail, too, and by an
@@ -208,6 +262,7 @@ def test_a_usual_mistake_is_noticed(said, name):
     assert trap.caught(code, text), text
 
 
+@pytest.mark.long
 def test_what_was_there_passes(said):
     """Tests that fail in a copy whatever one writes, for what the copy lacks. All functions are
     blanked and put back, which makes each file what it was, to the byte."""
@@ -242,9 +297,9 @@ def run(*command):
 
 
 def test_list():
-    """A function, a lesson or a test that is no more, or too few of them."""
-    assert len(blank.EXERCISES) >= 12 and blank.EXERCISES.keys() <= blank.functions().keys()
-    assert {lesson for lesson, _ in blank.EXERCISES.values()} == set(range(1, 7))
+    """A function or a test that the list leaves out, or too few of them."""
+    assert len(blank.EXERCISES) >= 33
+    assert {lesson for lesson, *_ in blank.EXERCISES.values()} == set(range(1, 7))
     code, out, _ = run(HOUSE / "lessons/blank.py", "--list")
     assert code == 0
     for name in blank.EXERCISES:
@@ -275,8 +330,7 @@ def test_blank_on_the_command_line(tmp_path):
 
 
 # ---- Traps ---------------------------------------------------------------------------------------
-
-
+@pytest.mark.long
 @pytest.mark.parametrize("number", trap.read_traps())
 def test_a_trap_is_caught(said, number):
     """A silent bug that the test named for it does not see, or sees only because it crashes."""
@@ -309,19 +363,24 @@ def test_a_patch_goes_where_its_lines_are(tmp_path):
         assert file.read_text() == text
 
 
-def test_traps_on_the_command_line(tmp_path):
-    """A trap that is said to be caught and is not, or a number of none."""
-    command = (HOUSE / "lessons/trap.py",)
-    code, out, _ = run(*command)
+def test_traps_on_the_command_line():
+    """A trap that is not listed, a number of none, or a crash that counts as caught."""
+    code, out, _ = run(HOUSE / "lessons/trap.py")
     assert code == 0 and all(found.title in out for found in trap.read_traps().values())
-    code, out, error = run(*command, "11")
+    code, out, error = run(HOUSE / "lessons/trap.py", "11")
     assert (code, out, error.count("\n")) == (2, "", 1)
-    code, out, _ = run(*command, "9", "--out", tmp_path / "trapped")
-    assert code == 0 and out.endswith("\ncaught\n") and "E   assert" in out
-    assert changed(tmp_path / "trapped") == {"credit.py"}
     assert trap.caught(1, "E   assert 1 == 2")
     for code, text in ((0, "1 passed"), (1, "E   NameError: x"), (2, "E   assert"), (4, "")):
         assert not trap.caught(code, text)
+
+
+@pytest.mark.long
+def test_a_trap_on_the_command_line(tmp_path):
+    """A trap that is said to be caught and is not, or a copy that has another bug."""
+    out = tmp_path / "trapped"
+    code, said, _ = run(HOUSE / "lessons/trap.py", "9", "--out", out)
+    assert code == 0 and said.endswith("\ncaught\n") and "E   assert" in said
+    assert changed(out) == {"credit.py"}
 
 
 if __name__ == "__main__":
