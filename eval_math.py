@@ -1,8 +1,7 @@
 """Answers: found in a completion, compared with the gold answer, counted.
 
-    python eval_math.py                                      # evaluate the embedded model
-    python eval_math.py --adapter runs/NAME/adapter          # ... as a run has trained it
-    python eval_math.py --compare before.jsonl after.jsonl   # two evaluations, problem by problem
+    python eval_math.py                                # evaluate the embedded model
+    python eval_math.py --adapter runs/NAME/adapter    # ... as a run has trained it
 
 Model output is hostile input, so nothing in verifier/ evaluates text: it parses an answer to a tree
 of bounded depth and bounds each number before it is computed. What is too large is opaque: it
@@ -126,13 +125,10 @@ def evaluate_problems(cfg) -> list[dict]:
 def main():
     parser = argparse.ArgumentParser(description="Greedy accuracy and pass@k on math problems.")
     add_flags(parser, EVAL_FLAGS)
-    parser.add_argument("--compare", nargs=2, metavar="JSONL", help="two --out files, by problem")
     parser.add_argument("--stated", action="store_true", help="take answers without a box, too")
     cfg = parser.parse_args()
     if cfg.out and Path(cfg.out).exists():
         raise UserError(f"{cfg.out} exists: give another --out")
-    if cfg.compare:
-        return print(answers.compare(*cfg.compare))
     if cfg.grade:
         rows = graded(answers.read_answers(cfg.grade, "completion", "gold"), not cfg.stated)
     else:

@@ -57,8 +57,7 @@ def linear_layers(model) -> list[str]:
 
 
 def attach(model, names, rank, alpha):
-    """Freeze the model and put a LoRA layer in the place of each named linear layer; the caller
-    sets A and B."""
+    """Freeze the model; put a LoRA layer, A and B unset, in the place of each named layer."""
     model.requires_grad_(False)
     for name in names:
         layer = LoRALinear(model.get_submodule(name), rank, alpha)

@@ -26,11 +26,9 @@ from eval_math import evaluate
 from grpo import ADVANTAGES, group_advantages, sample_rollout, update
 from lora import add_lora, lora_parameters
 from run.checkpoints import resume_or_start, save, whole_step
-from run.flags import FLAGS, load_base
-from run.folder import keep_samples, new_run, recorder
+from run.flags import FLAGS, PRESETS, load_base, parse_settings
+from run.folder import keep_samples, new_run, recorder, show, show_evaluation, summary, warn
 from run.metrics import diagnose, measure
-from run.screen import on_screen, show, show_evaluation, summary, warn
-from run.settings import PRESETS, parse_settings
 from system import processes
 from system.errors import run_cli
 from system.files import read_rows
@@ -145,7 +143,8 @@ def main():
             record("evals.jsonl", evals[-1])
 
     # 3) Train.
-    bar = tqdm(range(done + 1, cfg.steps + 1), disable=not on_screen(), dynamic_ncols=True)
+    off = processes.rank() > 0 or None  # None: where there is no terminal
+    bar = tqdm(range(done + 1, cfg.steps + 1), disable=off, dynamic_ncols=True)
     try:
         evaluate_once(done)
         for step in bar:
@@ -168,6 +167,8 @@ def main():
                 # Write down and show what happened. A policy that was just broken is not saved.
                 metrics |= dict(step=step, lr=lr_at(step, cfg)) | measure(rollout, signals)
                 metrics |= diagnose(rollout, signals, multipliers, cfg, tokenizer, compare)
+                # A broken policy earns no reward, so no loss tells of it.
+                metrics["skipped"] |= not math.isfinite(metrics["entropy"])
                 metrics["seconds_rollout"] = sampled - started
                 metrics["seconds_update"] = ended - sampled
                 metrics["tokens_per_second"] = metrics["completion_tokens"] / (ended - started)

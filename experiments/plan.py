@@ -12,8 +12,7 @@ from pathlib import Path
 
 from data.problems import HUB, TINY
 from experiments.concentration import RULES
-from run.flags import flag_name
-from run.settings import check
+from run.flags import check, flag_name
 from system.errors import UserError
 from system.files import read_json, read_rows
 from train import PRESETS as TRAINING
@@ -67,14 +66,14 @@ def cells(rank, others, controls=True):
 
 
 def source_files():
-    """Return the files that decide a run's numbers; run/screen.py and view/ only show them."""
+    """Return the files that decide a run's numbers; run/folder.py and view/ only show them."""
     core = ("model", "lora", "credit", "sample", "eval_math", "grpo", "train")
     files = [ROOT / f"{name}.py" for name in core]
     files.append(ROOT / "data/problems.py")
     files += [ROOT / f"experiments/{name}.py" for name in ("concentration", "stats")]
     for folder in ("system", "verifier", "hf", "fast", "run"):
         files += sorted((ROOT / folder).glob("*.py"))
-    return [path for path in files if path.name != "screen.py"]
+    return [path for path in files if path.name != "folder.py"]
 
 
 def code_key() -> str:

@@ -11,10 +11,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import math
 
+from experiments.compare import mcnemar, paired_difference
 from experiments.concentration import PUBLISHED
 from experiments.rows import default_file, in_cell, matrix, paired, read_results
 from experiments.stats import Estimate, bootstrap_p, crossed, holm
-from run.answers import mcnemar, paired_difference, wilson
+from run.answers import wilson
 from system.errors import run_cli
 
 BASE = ("base", 0, 0.0)

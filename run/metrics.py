@@ -22,8 +22,8 @@ def measure(rollout, signals: Signals) -> dict:
         "reward": rewards.mean(), "entropy": signals.entropy[signals.mask].mean(),
         "completion_tokens": completions.lengths.sum(),
         "truncated": (~completions.finished).float().mean(), "groups_mixed": mixed.sum(),
-        "groups_all_right": (~mixed & (rewards[:, 0] > 0)).sum(),
-        "groups_all_wrong": (~mixed & (rewards[:, 0] <= 0)).sum(),
+        "groups_all_right": (rewards > 0).all(dim=1).sum(),
+        "groups_all_wrong": (rewards <= 0).all(dim=1).sum(),
         "logp_mismatch": mismatch.max(), "logp_mismatch_mean": mismatch.mean(),
     }  # fmt: skip
     return {key: value.item() for key, value in metrics.items()}
@@ -69,7 +69,8 @@ def rank_correlation(a, b, mask):
 
 
 def token_classes(tokens: list[str], finished) -> list[int]:
-    """Return the class of each token, an index into CLASSES; `eos` is what ended the text."""
+    """Return the class of each token, an index into CLASSES: `answer` in the last box, `eos` for
+    what ended the text, or else that of the first visible character."""
     # 1) The class of each character, and of the place after the last one.
     text = "".join(tokens)
     kinds = [0] * (len(text) + 1)
@@ -83,7 +84,7 @@ def token_classes(tokens: list[str], finished) -> list[int]:
         if answer is not None:
             end = min(end, text.find(answer, start) + len(answer) + 1)
         kinds[start:end] = [CLASSES.index("answer")] * (end - start)
-    # 3) The class of each token: that of its first visible character.
+    # 3) The tokens.
     ends = accumulate(map(len, tokens))
     classes = [kinds[end - len(x.lstrip())] for x, end in zip(tokens, ends, strict=True)]
     return classes[:-1] + [CLASSES.index("eos")] if finished else classes

@@ -4,11 +4,18 @@ import math
 
 import pytest
 import torch
+from helpers import settings
 
 from credit import Signals
-from run.metrics import CLASSES, fallback, quadrants, rank_correlation, token_classes
+from run.metrics import CLASSES, diagnose, rank_correlation, token_classes
 
 MASK = torch.arange(4) < torch.tensor([4, 2, 1])[:, None]
+
+
+def fallback(rule, multipliers, mask):
+    """What a step of these multipliers logs as credit_fallback."""
+    cfg = settings(credit=rule)
+    return diagnose(None, Signals(mask), multipliers, cfg, None)["credit_fallback"]
 
 
 def test_fallback():
@@ -42,25 +49,6 @@ def test_rank_correlation():
         assert got[row].item() == pytest.approx(expected, abs=1e-6)
     assert got[4] == 0 and got[5].item() == pytest.approx(1)
     assert torch.allclose(rank_correlation(a, -b, mask), -got, atol=1e-6)
-
-
-def test_quadrants():
-    """A mean entropy of the step or the row instead of the problem; reward and advantage mixed up.
-
-    Problem 0 has entropies 3 1 2 1 | 2 1 of mean 10 / 6; problem 1 has 5, which is its mean. Right
-    are rows 0 and 2. High: 3 and 2 of row 0, 2 of row 1, 5. The gradient of a token is |A| m 2 (1 -
-    pi) / T, with pi = 0.5 everywhere but 0 at the first token of row 0: 1 * 2 * 1 / 4 there.
-    """
-    entropy = torch.tensor([[3.0, 1, 2, 1], [2, 1, 9, 9], [5, 9, 9, 9]])
-    logp = torch.full((3, 4), math.log(0.5))
-    logp[0, 0] = -99.0
-    s = Signals(MASK, logp=logp, entropy=entropy)
-    s.advantage, s.group = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([0, 0, 1])
-    right, per_row = torch.tensor([True, False, True]), 1 / torch.tensor([4.0, 2, 1])
-    tokens, gradient = quadrants(s, MASK.float(), right, per_row)
-    assert torch.allclose(tokens, torch.tensor([3, 2, 1, 1]) / 7)  # PHR, PLR, NLR, NHR
-    sizes = torch.tensor([2 / 4 + 1 / 4, 1 / 4 + 1 / 4, 2 / 2, 2 / 2])
-    assert torch.allclose(gradient, sizes / sizes.sum())
 
 
 CLASSIFIED = [

@@ -5,22 +5,23 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed.run
-from helpers import close, gradient, settings, tiny_model
+from helpers import advantages_of, close, gradient, rollout_of, settings, tiny_model
 from safetensors.torch import load_file, save_file
-from test_memory import step
-from test_resume import PRELOAD, TIMING, few_problems, finish, rows
+from test_resume import PRELOAD, assert_same_run, few_problems, finish, rows
 
 from run import checkpoints
-from sample import generate
+from sample import Completions
 from system import processes
 
 HOUSE = Path(__file__).parent.parent
 RUN = "--steps 4 --prompts 5 --samples 4 --max-new-tokens 32 --eval-problems 6 --eval-samples 2"
-RUN = f"{RUN} --save-every 2 --micro-tokens 300 --seed 2".split()  # some three micro-batches a step
+RUN = f"{RUN} --save-every 2 --micro-batch-tokens 300 --seed 2".split()  # some three micro-batches
 
 # ---- Processes -----------------------------------------------------------------------------------
 
@@ -34,13 +35,18 @@ def torchrun(arguments, log):
     torch.distributed.run.main(["--standalone", "--nproc-per-node", *arguments])
 
 
-def launch(processes, folder, flags):
-    """torchrun of train.py, forked from a process that has imported it, which takes seconds."""
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(PRELOAD)
+def forks():
+    """A way to start processes: forked from one that has imported all that takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def launch(number, folder, flags):
+    """torchrun of train.py on so many processes."""
     more = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
-    arguments = [str(x) for x in (processes, HOUSE / "train.py", *flags, *more)]
-    process = forks.Process(target=torchrun, args=(arguments, folder.with_suffix(".log")))
+    arguments = [str(x) for x in (number, HOUSE / "train.py", *flags, *more)]
+    process = forks().Process(target=torchrun, args=(arguments, folder.with_suffix(".log")))
     process.start()
     return process
 
@@ -48,7 +54,8 @@ def launch(processes, folder, flags):
 def ended(process, folder, seconds=60):
     """Wait for the end; returns the exit code and what was printed."""
     process.join(seconds)
-    if hangs := process.exitcode is None:
+    hangs = process.exitcode is None
+    if hangs:
         process.terminate()
     assert not hangs, folder.with_suffix(".log").read_text()
     return process.exitcode, folder.with_suffix(".log").read_text()
@@ -70,28 +77,7 @@ def when_done(launcher, folder, steps):
         time.sleep(0.01)
 
 
-# ---- Comparison ----------------------------------------------------------------------------------
-
-
-def near(key, a, b):
-    """Equal to 1e-5. A batch of another shape rounds otherwise, and where a rule gives two tokens
-    the same multiplier but for that, their ranks are as they fall: 1e-2 for rank correlations."""
-    most = 1e-2 if key.startswith("rank_correlation/") else 1e-5
-    return abs(a - b) <= most * max(1, abs(b))
-
-
-def assert_same_run(folder, other):
-    """Metrics and evaluations equal, completions to the token; each line once."""
-    assert rows(folder, "evals.jsonl") == rows(other, "evals.jsonl")
-    for a, b in zip(rows(folder), rows(other), strict=True):
-        assert a.keys() == b.keys() and a["step"] == b["step"]
-        far = {k: (a[k], b[k]) for k in a.keys() - TIMING if not near(k, a[k], b[k])}
-        assert not far, (a["step"], far)
-    for key in ("reward", "completion_tokens"):
-        assert [row[key] for row in rows(folder)] == [row[key] for row in rows(other)]
-    told = ("step", "problem", "text", "tokens")
-    ours, theirs = (rows(x, "samples.jsonl") for x in (folder, other))
-    assert [[r[k] for k in told] for r in ours] == [[r[k] for k in told] for r in theirs]
+# ---- Runs ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +99,7 @@ def whole(flags, tmp_path_factory):
     return single(flags, tmp_path_factory.mktemp("runs") / "whole")
 
 
-# ---- Runs ----------------------------------------------------------------------------------------
-
-
+@pytest.mark.long
 def test_two_processes_are_one(flags, whole, tmp_path):
     """Rows counted twice or by no process, a mean of means, randomness of the rank; two processes
     that write the same files or the same lines."""
@@ -125,20 +109,23 @@ def test_two_processes_are_one(flags, whole, tmp_path):
     assert_same_run(folder, whole)
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run.log"}
     assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
-    for line in ("run folder", "step    0  held-out", "next: python credit.py", "reward, 5 steps"):
+    for line in ("run folder", "step    0  held-out", "next: python -m view", "reward, 5 steps"):
         assert said.count(line) == (2 if line == "run folder" else 1)  # begin and end
 
 
+@pytest.mark.long
 def test_three_processes_with_two_prompts_and_a_rule_that_sees_the_step(flags, tmp_path):
     """DelTA's directions from a third of the step; tensors that the processes add up in the order
     of a set, each in its own; a process without a prompt that waits for ever."""
     flags = [*flags, "--credit", "delta", "--prompts", 2, "--steps", 3]
-    one, three = single(flags, tmp_path / "one"), tmp_path / "three"
+    one = single(flags, tmp_path / "one")
+    three = tmp_path / "three"
     code, said = ended(launch(3, three, flags), three)
     assert code == 0, said
     assert_same_run(three, one)
 
 
+@pytest.mark.long
 def test_stopped_and_killed_it_goes_on_with_another_number(flags, whole, tmp_path):
     """A process that stops at once and takes the step of the others with it; a run that hangs for
     the half hour of a collective's timeout, or that only as many processes can go on with."""
@@ -169,36 +156,87 @@ def test_stopped_and_killed_it_goes_on_with_another_number(flags, whole, tmp_pat
     assert_same_run(folder, whole)
 
 
-def part(rank, folder):
-    """One of two processes that update; the second has run out of memory before."""
+# ---- What the processes exchange -----------------------------------------------------------------
+
+
+def meet(rank, world, folder):
+    """Make this process one of `world` that talk by gloo."""
     store = f"file://{folder / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    s = settings(credit="arca", micro_tokens=[1000, 12][rank])
-    ours, _, _ = gradient(tiny_model(), *step(), s)
-    save_file(dict(ours=ours, size=torch.tensor(s.micro_tokens)), folder / f"{rank}.safetensors")
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
 
 
-def test_processes_divide_the_same_micro_batches(tmp_path):
-    """Out of memory in one of the processes, after which each divides micro-batches of its own
-    size: rows counted twice, and rows by none."""
-    whole, _, _ = gradient(tiny_model(), *step(), settings(credit="arca"))
-    forks = multiprocessing.get_context("forkserver")
-    both = [forks.Process(target=part, args=(rank, tmp_path)) for rank in range(2)]
-    for process in both:
+def together(world, part, folder, *arguments):
+    """Run part(rank, world, folder, *arguments) in so many processes; all must end well."""
+    started = []
+    for rank in range(world):
+        started.append(forks().Process(target=part, args=(rank, world, folder, *arguments)))
+    for process in started:
         process.start()
-    for rank, process in enumerate(both):
-        process.join(30)
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        assert close(found["ours"], whole, 1e-6) and found["size"] == 12
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [0] * world
 
 
-def test_the_processes_add_up_the_same_tensors_at_a_time(monkeypatch):
-    """The order of a set of strings, which differs from process to process: log-probs were added to
-    entropies, or the run aborted."""
-    seen, model = [], tiny_model()
-    monkeypatch.setattr(
-        processes, "add_up", lambda tensors: seen.append([x.shape for x in tensors])
-    )
-    for keep in (("entropy", "hidden"), ("hidden", "entropy")):
-        generate(model, [[1, 2]], n=2, max_new_tokens=3, keep=keep)
-    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :] and len(set(map(str, seen))) > 1
+def completions(P, G, entropy):
+    """Completions of P prompts, of unequal lengths, whose padding is 0."""
+    rng = torch.Generator().manual_seed(P)
+    B = P * G
+    lengths = torch.randint(1, 9, (B,), generator=rng)
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
+    tokens = torch.randint(1, 2**40, mask.shape, generator=rng) * mask  # no float32 has 40 bits
+    logps = -torch.rand(mask.shape, generator=rng) * mask
+    finished = torch.rand(B, generator=rng) < 0.5
+    hidden = torch.randn(*mask.shape, 3, generator=rng) * mask[..., None]
+    more = dict(entropy=-logps) if entropy else {}
+    return Completions(tokens, lengths, logps, finished, hidden=hidden, **more)
+
+
+def gather_part(rank, world, folder, P, entropy):
+    """Cut one's own rows out of completions, as wide as they are long; gather; compare."""
+    meet(rank, world, folder)
+    G = 2
+    whole = completions(P, G, entropy)
+    own = [p * G + i for p in processes.share(range(P)) for i in range(G)]
+    width = int(whole.lengths[own].max()) if own else 0
+    cut = {}
+    for name, x in asdict(whole).items():
+        if x is not None:
+            cut[name] = x[own, :width] if x.dim() > 1 else x[own]
+    found = processes.gather(Completions(**cut), own, P * G)
+    for name, x in asdict(whole).items():
+        if x is None:
+            assert getattr(found, name) is None
+        else:
+            assert getattr(found, name).dtype == x.dtype
+            assert torch.equal(getattr(found, name), x), name
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("world, P", [(2, 3), (2, 1), (3, 2), (3, 7)])
+def test_gather(world, P, entropy, tmp_path):
+    """Rows at the places of others, ids rounded by a float sum, flags that are no bools, the width
+    of one process, and a process without rows that the others wait for."""
+    together(world, gather_part, tmp_path, P, entropy)
+
+
+def update_part(rank, world, folder, cfg):
+    """One of the processes that update; the first keeps what the optimizer was given."""
+    meet(rank, world, folder)
+    model = tiny_model()
+    rollout = rollout_of(model)
+    found, _, _ = gradient(model, rollout, advantages_of(rollout), cfg)
+    if rank == 0:
+        save_file(dict(found=found), folder / "gradient.safetensors")
+
+
+@pytest.mark.parametrize("credit", ["arca", "delta"])
+@pytest.mark.parametrize("micro_batch_tokens", [1000, 12])
+def test_the_processes_gradients_add_up(credit, micro_batch_tokens, tmp_path):
+    """Rows that two processes count, or none; one micro-batch for two processes."""
+    cfg = settings(credit=credit, micro_batch_tokens=micro_batch_tokens)
+    model = tiny_model()
+    rollout = rollout_of(model)
+    whole, _, _ = gradient(model, rollout, advantages_of(rollout), cfg)
+    together(2, update_part, tmp_path, cfg)
+    found = load_file(tmp_path / "gradient.safetensors")["found"]
+    assert close(found, whole, 1e-6)

@@ -180,7 +180,7 @@ def test_other_code_is_another_run(tmp_path, monkeypatch):
     before = plan.code_key()
     monkeypatch.setattr(plan, "ROOT", tmp_path)
     assert plan.code_key() == before  # a clone elsewhere has the same runs
-    (tmp_path / "run/screen.py").write_text("# only shows")
+    (tmp_path / "run/folder.py").write_text("# only shows")
     assert plan.code_key() == before
     for name in ("grpo.py", "verifier/values.py", "fast/packing.py", "run/metrics.py"):
         with open(tmp_path / name, "a") as file:

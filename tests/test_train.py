@@ -1,5 +1,7 @@
-"""train.py as its users run it: the command line, the run folder, resuming, errors in one line."""
+"""train.py as its users run it: the command line, the run folder, errors in one line."""
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -12,33 +14,43 @@ import torch
 import train
 from credit import METHODS
 from data.problems import problems_of_step
+from run.flags import check
 from run.folder import new_run
-from system.errors import run_cli
+from system.errors import UserError, run_cli
 
 HOUSE = Path(__file__).parent.parent
 SMALL = "--steps 4 --prompts 3 --samples 3 --max-new-tokens 48 --eval-problems 8 --eval-samples 2"
 SMALL = f"{SMALL} --save-every 2".split()
 
 
-def start(*flags):
-    command = [sys.executable, "train.py", *SMALL, *map(str, flags)]
-    return subprocess.Popen(
-        command, cwd=HOUSE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def rows(folder, name="metrics.jsonl"):
     return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
 
 
+def train_in(folder, *flags):
+    """Run train.py in this process; returns what it printed."""
+    out = io.StringIO()
+    err = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *SMALL, "--out", str(folder), *flags])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            train.main()
+    return out.getvalue(), err.getvalue()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One real run of the command line: (folder, stdout, stderr)."""
+    """One real run that compares the rules at each step: (folder, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("runs") / "full"
-    process = start("--out", folder, "--compare-rules")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return folder, out, err
+    return folder, *train_in(folder, "--compare-rules")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The folder of one real run of plain GRPO."""
+    folder = tmp_path_factory.mktemp("runs") / "plain"
+    train_in(folder, "--credit", "uniform", "--eval-samples", "0")
+    return folder
 
 
 def test_run_folder(run):
@@ -48,7 +60,8 @@ def test_run_folder(run):
     names |= {"trainer.safetensors", "trainer.safetensors.1"}  # the newest checkpoint, and one more
     assert names == {path.name for path in folder.iterdir()}
     config = json.loads((folder / "config.json").read_text())
-    assert config["settings"]["credit"] == "arca" and config["settings"]["prompts"] == 3
+    assert config["settings"]["credit"] == "arca"
+    assert config["settings"]["prompts"] == 3
     sides = 2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 384)  # q and o, k and v, the MLP's three
     assert config["parameters"]["trained"] == 16 * 4 * sides  # rank x layers x (in + out)
     assert {"argv", "git", "versions"} <= config.keys()
@@ -65,29 +78,31 @@ def test_run_folder(run):
     sample = rows(folder, "samples.jsonl")[0]
     assert len(sample["tokens"]) == len(sample["weights"])
     assert sum(sample["weights"]) == pytest.approx(len(sample["weights"]), abs=0.01)
-    assert "\r" not in out + err and "held-out" in out and str(folder) in out
+    assert "\r" not in out + err
+    assert "held-out" in out
+    assert str(folder) in out
 
 
 def test_first_step_is_uniform_by_fallback(run):
     """With B = 0 ARCA and divergence have nothing to go by; noise must not pass for credit."""
     first, second = rows(run[0])[:2]
-    assert first["gini"] == 0 and first["effective_token_ratio"] == 1
+    assert first["gini"] == 0
+    assert first["effective_token_ratio"] == 1
     assert first["credit_fallback"] == 1
     assert (second["credit_fallback"] == 0) == (first["groups_mixed"] > 0)
     assert {f"gini/{method}/2" for method in METHODS} <= first.keys()
 
 
-def test_rules_are_compared_and_kept(run, tmp_path):
-    """Every rule's passes paid at every step, or a sample without what credit.py shows of it."""
-    process = start("--out", tmp_path / "plain", "--credit", "uniform", "--eval-samples", 0)
-    assert process.communicate() and process.returncode == 0
-    compared = [row["step"] for row in rows(tmp_path / "plain") if "rank_correlation/arca" in row]
+def test_rules_are_compared_and_kept(run, plain):
+    """Every rule's passes paid at every step, or a sample without what view/ shows of it."""
+    compared = [row["step"] for row in rows(plain) if "rank_correlation/arca" in row]
     assert compared == [1, 4]  # the first of ten, and the evaluated one
-    assert {row["step"] for row in rows(tmp_path / "plain", "samples.jsonl")} == {1, 4}
-    assert all("residual_mean" not in row for row in rows(tmp_path / "plain")[1:3])
+    assert {row["step"] for row in rows(plain, "samples.jsonl")} == {1, 4}
+    assert all("residual_mean" not in row for row in rows(plain)[1:3])
     for sample in rows(run[0], "samples.jsonl"):
         n = len(sample["tokens"])
-        assert "".join(sample["tokens"]).startswith(sample["text"]) and sample["credit"] == "arca"
+        assert "".join(sample["tokens"]).startswith(sample["text"])
+        assert sample["credit"] == "arca"
         assert sample["rules"].keys() == METHODS.keys()
         assert all(len(m) == n for pair in sample["rules"].values() for m in pair)
         assert all(len(sample[name]) == n for name in ("logp", "entropy", "residual"))
@@ -97,7 +112,7 @@ def test_rules_are_compared_and_kept(run, tmp_path):
 
 def test_every_metric_is_in_the_glossary(run):
     """A logged number that nobody explains is noise."""
-    readme = (HOUSE / "README.md").read_text(encoding="utf-8")
+    readme = (HOUSE / "run" / "README.md").read_text(encoding="utf-8")
     keys = {key.split("/")[0] for key in rows(run[0])[0]}
     assert not {key for key in keys if f"`{key}`" not in readme and f"`{key}/" not in readme}
 
@@ -115,24 +130,28 @@ BAD_LINE = '{"problem": "1+1?", "answer": 2}\n{"problem": "no gold"}\n'
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["--credit", "arcane"], "uniform, surprisal, entropy_reduction, divergence, arca"),
+        (["--credit", "arcane"], "--credit arcane: use one of uniform, surprisal"),
         (["--samples", 1], "--samples 2"),
-        (["--advantage", "gae"], "grpo, rloo, centered"),
-        (["--aggregate", "mean"], "seq or token"),
-        (["--temperature", 0], "--temperature"),
-        (["--preset", "big"], "paper"),
+        (["--advantage", "gae"], "--advantage gae: use one of grpo, rloo, centered"),
+        (["--aggregate", "mean"], "--aggregate mean: use one of seq, token"),
+        (["--preset", "big"], "--preset big: use one of paper"),
+        (["--temperature", 0], "--temperature 0.0 is not positive"),
+        (["--lr", "nan"], "--lr nan is not positive"),
+        (["--rank", 0], "--rank 0 is not positive"),
+        (["--keep-checkpoints", 0], "--keep-checkpoints 0 is not positive"),
+        (["--epochs-per-rollout", 0], "--epochs-per-rollout 0 is not positive"),
+        (["--micro-batch-tokens", 0], "--micro-batch-tokens 0 is not positive"),
+        (["--max-grad-norm", "inf"], "--max-grad-norm inf is not positive"),
         (["--model", "no/where/at/all"], "no model folder"),
         (["--data", "nowhere.jsonl"], "no data nowhere.jsonl"),
         (["--data", "{bad}"], "line 2"),
         (["--max-prompt-tokens", 3], "--max-prompt-tokens"),
         (["--device", "cuda:99"], "--device cpu"),
-        (["--dtype", "int8"], "bf16"),
+        (["--dtype", "int8"], "--dtype int8: use one of auto, fp32, bf16"),
         (["--chat"], "ChatML"),
-        (["--rank", 0], "--rank"),
         (["--out", "{run}"], "--resume"),
         (["--out", "{run}", "--resume", "--lr", 1], "lr = 0.002"),
         (["--resume"], "no run runs/"),
-        (["--keep", 0], "--keep"),
         (["--out", "{new}", "--resume"], "config.json"),
         (["--out", "{bad}/run"], "Not a directory"),
     ],
@@ -145,26 +164,39 @@ def test_errors_are_one_line(monkeypatch, capsys, tmp_path, run, flags, says):
     names = dict(bad=tmp_path / "bad.jsonl", run=run[0], new=tmp_path / "new")
     assert cli(monkeypatch, *[str(flag).format(**names) for flag in flags]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("error: ") and says in error
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert says in error
     assert (run[0] / "metrics.jsonl").read_bytes() == before
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_presets_are_settings(preset):
+    """A preset that names a setting which is gone, or that the checks refuse."""
+    cfg = train.Settings(**train.PRESETS[preset], preset=preset)
+    check(cfg)
+    cfg.top_p = 0.0
+    with pytest.raises(UserError, match="--top-p"):
+        check(cfg)
 
 
 def test_runs_name_themselves(monkeypatch, tmp_path):
     """Two runs of the same command must not write into one folder."""
     monkeypatch.chdir(tmp_path)
-    s = train.Settings(credit="uniform", seed=3)
-    names = [new_run(s, torch.nn.Linear(1, 1)).name for _ in range(3)]
+    cfg = train.Settings(credit="uniform", seed=3)
+    names = [new_run(cfg, torch.nn.Linear(1, 1)).name for _ in range(3)]
     assert names == ["uniform-tiny-tiny-seed3" + end for end in ("", "-2", "-3")]
 
 
 def test_schedule():
     """A warmup from 0 wastes the first step, a cosine that ends at 0 the last."""
-    s = train.Settings(lr=1.0, warmup=4, steps=12)
-    rates = [train.lr_at(step, s) for step in range(1, 13)]
+    cfg = train.Settings(lr=1.0, warmup=4, steps=12)
+    rates = [train.lr_at(step, cfg) for step in range(1, 13)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] > 0
-    assert rates[11] < 0.05 and rates[7] == pytest.approx(0.5, abs=0.1)
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert 0 < rates[11] < 0.05
+    assert rates[7] == pytest.approx(0.5, abs=0.1)
 
 
 def test_order_of_problems():
@@ -174,15 +206,24 @@ def test_order_of_problems():
     twos = [p for step in range(1, 11) for p in problems_of_step(problems, 2, 1, step)]
     fives = [p for step in range(1, 5) for p in problems_of_step(problems, 5, 1, step)]
     assert twos == fives
-    assert sorted(twos[:10]) == sorted(twos[10:]) == problems and twos[:10] != twos[10:]
+    assert sorted(twos[:10]) == sorted(twos[10:]) == problems
+    assert twos[:10] != twos[10:]
     assert problems_of_step(problems, 10, 2, 1) != twos[:10]
 
 
 def test_help_names_every_setting():
-    """A setting without a flag, or a flag without a word of help, might as well not exist."""
+    """A setting without a flag, or a flag without a word of help, might as well not exist; and a
+    command that its own file cannot start. (The one test here that starts a process.)"""
     command = [sys.executable, "train.py", "--help"]
-    text = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True).stdout
-    flags = "credit preset model data eval-data steps prompts samples max-prompt-tokens"
-    flags += " max-new-tokens temperature top-p rank alpha lr sharpening advantage aggregate seed"
-    flags += " device out resume updates clip-low clip-high kl dtype keep tensorboard"
-    assert all(re.search(rf"--{flag}\s", text) for flag in flags.split())
+    done = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    flags = """credit preset model revision random-init chat data eval-data eval-problems
+        eval-samples eval-every steps prompts samples max-prompt-tokens max-new-tokens temperature
+        top-p rank alpha lr sharpening warmup beta2 max-grad-norm advantage aggregate
+        epochs-per-rollout clip-eps-low clip-eps-high kl-coef micro-batch-tokens
+        gradient-checkpointing seed device dtype out resume save-every keep-checkpoints tensorboard
+        compare-rules"""
+    for flag in flags.split():
+        assert re.search(rf"^  --{flag}\b.*(\n {{4,}}|  )\w", done.stdout, re.MULTILINE), flag
+    named = {field.replace("_", "-") for field in vars(train.Settings())}
+    assert named | {"resume"} == set(flags.split())
