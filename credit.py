@@ -216,8 +216,7 @@ def lengths(mask):
 
 
 def rank_within_row(x, mask):
-    """Return each value's rank within its completion (B, T): 1 for the smallest, ties share their
-    mean, so 3 5 5 9 has the ranks 1 2.5 2.5 4."""
+    """Return each value's rank in its completion (B, T), ties averaged: 3 5 5 9 -> 1 2.5 2.5 4."""
     x = x.float().masked_fill(~mask.bool(), torch.inf)
     ordered = x.sort(dim=1).values
     below = torch.searchsorted(ordered, x)  # how many are smaller
@@ -275,9 +274,7 @@ def token_weights(method, signals: Signals, sharpening=1.0):
 # ---- How concentrated multipliers are ------------------------------------------------------------
 def gini(multipliers, mask):
     """Return each row's Gini coefficient (B,): 0 uniform, (T-1)/T one-hot; 0 for a row of zeros.
-
-    With w_1 <= ... <= w_T it is sum_i (2 i - T - 1) w_i / (T sum_i w_i) (Gini 1912).
-    """
+    With w_1 <= ... <= w_T it is sum_i (2 i - T - 1) w_i / (T sum_i w_i) (Gini 1912)."""
     w = (multipliers * mask).double().sort(dim=1).values  # ascending: padding, being 0, comes first
     T = mask.double().sum(dim=1, keepdim=True)
     columns = torch.arange(1, w.shape[1] + 1, device=w.device)
@@ -288,9 +285,7 @@ def gini(multipliers, mask):
 
 def effective_token_ratio(multipliers, mask):
     """Return 1 / (T sum_t w_t^2) of each row (B,): 1 uniform, 1/T one-hot; 0 for a row of zeros.
-
-    Kish's effective sample size (1965) as a share of T, with weights w = m / sum m.
-    """
+    It is Kish's effective sample size (1965) as a share of T, with weights w = m / sum m."""
     w = (multipliers * mask).double()
     T = mask.double().sum(dim=1)
     squares = (T * (w**2).sum(dim=1)).clamp(min=torch.finfo(w.dtype).tiny)

@@ -58,8 +58,8 @@ def graded(rows: list[dict], strict=True) -> list[dict]:
 
 
 def answers_of(completions, tokenizer, indices, golds, samples=0) -> list[dict]:
-    """Return a row for each completion: the problem's index and gold answer, which of its samples
-    it is (None for a greedy answer), the text, its tokens, and whether it was cut off."""
+    """Return a row for each completion: index and gold answer of the problem, sample (None: the
+    greedy answer), text, number of tokens, and whether it was cut off."""
     texts = completions.texts(tokenizer)
     columns = (texts, completions.lengths.tolist(), completions.finished.tolist())
     rows = []

@@ -379,9 +379,3 @@ def update(model, optimizer, rollout: Rollout, advantages, cfg, compare=False):
     if cfg.kl_coef > 0:
         metrics["kl"] = kl_k3(signals.logp, signals.ref_logp)[signals.mask].mean().item()
     return metrics, signals, multipliers
-
-
-def measure_signals(model, rollout: Rollout, advantages, cfg) -> credit.Signals:
-    """Return every signal that any rule reads, of all completions; train nothing."""
-    _, signals, _ = update(model, None, rollout, advantages, cfg, compare=True)
-    return signals

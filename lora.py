@@ -17,16 +17,15 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its correction. A (r, D_in) and B (D_out, r) are fp32; products use
-    the dtype of x."""
+    """A frozen linear layer and its correction; A and B are fp32, products in the dtype of x."""
 
     def __init__(self, base: nn.Linear, rank, alpha):
         super().__init__()
         self.base, self.rank, self.alpha = base, rank, alpha
         self.scale = alpha / rank
         place = dict(device=base.weight.device, dtype=torch.float32)
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **place)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **place)
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **place)  # (r, D_in)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **place)  # (D_out, r)
         self.on = True  # adapter_off turns it to False
 
     def forward(self, x):
@@ -66,10 +65,8 @@ def attach(model, names, rank, alpha):
 
 def add_lora(model, rank, alpha, targets=ALL_LINEAR, seed=0):
     """Freeze the model and adapt each linear layer whose last name is a target; return the model.
-
     B is 0, so the adapted model starts as the base one. A is normal with variance 1 / D_in and
-    depends on the seed alone. ValueError if the rank is below 1 or the model has no such target.
-    """
+    depends on the seed alone. ValueError if the rank is below 1 or the model has no such target."""
     if rank < 1:
         raise ValueError(f"LoRA rank {rank} is below 1")
     names = [name for name in linear_layers(model) if name.split(".")[-1] in targets]

@@ -6,7 +6,6 @@ norm) and Llama (neither). Modules are named as in Hugging Face, so hf/checkpoin
 weights. This file imports nothing of ours and can be copied out alone.
 
 Rows are right-padded. Causal attention never looks right, so padding changes nothing that we read.
-
 Shapes, here and in every file: B rows, P prompts, G samples a prompt, T tokens, S cached tokens,
 D hidden size, V vocabulary, H heads, H_kv key-value heads, K head_dim.
 """
@@ -197,9 +196,8 @@ class Qwen3(nn.Module):
 class KVCache:
     """Keep the keys and values of a pool of rows, of which the first B are in use.
 
-    Each row has its own length. Prompts go in right-padded; once `lengths` is set to the true
-    lengths, later tokens overwrite the padding, which nothing has read. With prompts of 3 and 1
-    tokens, and then one new token a row:
+    Prompts go in right-padded; once `lengths` is set to the true lengths, later tokens overwrite
+    the padding, which nothing has read. Prompts of 3 and 1 tokens, then one new token a row:
 
         after the prompts       a b c .     lengths 3, 1 (the padding of row 2 is not counted)
                                 d . . .

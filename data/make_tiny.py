@@ -2,9 +2,8 @@
 
     python data/make_tiny.py --out data/tiny        # about half an hour on two cores
 
-Reinforcement learning amplifies ways of working that a model has but does not prefer. Most of the
-solutions are careful after a textbook's wording, hasty after a quiz's: the model can work carefully
-and cannot guess an answer, but takes its way of working from the wording. That is the headroom.
+Most solutions are careful after a textbook's wording, hasty after a quiz's: the model can work
+carefully, but takes its way of working from the wording. That is the headroom.
 """
 
 import argparse

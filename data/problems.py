@@ -1,8 +1,5 @@
-"""Problems to train and evaluate on, and the one prompt that every model sees them in.
-
-A problem is a dict with at least `problem` and `answer` (the gold answer, as text). It comes from a
-JSONL file, the embedded set (`tiny`) or the Hub (`math`, `math500`, `gsm8k`).
-"""
+"""Problems to train and evaluate on, and the one prompt that every model sees them in. A problem is
+a dict with at least `problem` and `answer` (the gold answer), both text."""
 
 import json
 import random
@@ -123,7 +120,6 @@ def same_text(problem: str) -> str:
 
 def load_split(cfg, tokenizer):
     """Return problems to train on, held-out ones (both with prompt ids), and what was left out.
-
     Without --eval-data the test split of a named set is held out, or every tenth line of a file. A
     problem that is evaluated on is never trained on. Long prompts are left out, not cut off."""
     train = load_problems(cfg.data, "train")

@@ -45,7 +45,9 @@ def sample_signals(model, tokenizer, problems, cfg) -> credit.Signals:
         seed=cfg.seed,
     )
     rollout = grpo.sample_rollout(model, tokenizer, problems, training, 0)
-    return grpo.measure_signals(model, rollout, torch.zeros(len(problems)), training)
+    nothing = torch.zeros(len(problems))
+    _, signals, _ = grpo.update(model, None, rollout, nothing, training, compare=True)
+    return signals
 
 
 def concentration(signals: credit.Signals, powers) -> dict:

@@ -29,7 +29,7 @@ import torch
 
 from data.problems import load_split
 from eval_math import verify
-from grpo import group_advantages, measure_signals
+from grpo import group_advantages, update
 from lora import add_lora, lora_parameters
 from run.checkpoints import checkpoint_paths
 from run.flags import load_base
@@ -149,4 +149,5 @@ def open_run(folder, step=None):
 def all_signals(model, rollout, cfg):
     """Return every signal that any rule reads, of all completions of a Rollout."""
     advantages = group_advantages(rollout.rewards, cfg.advantage).flatten()
-    return measure_signals(model, rollout, advantages, cfg)
+    _, signals, _ = update(model, None, rollout, advantages, cfg, compare=True)
+    return signals

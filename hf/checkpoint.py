@@ -1,7 +1,4 @@
-"""Checkpoints in Hugging Face's layout: config.json, weights and tokenizer of a folder or a Hub id.
-
-What transformers would compute otherwise than our model is refused by name.
-"""
+"""Checkpoints in Hugging Face's layout. What our model would compute wrongly is refused by name."""
 
 import re
 from dataclasses import dataclass, fields

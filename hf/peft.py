@@ -47,11 +47,8 @@ def target_modules(model) -> list[str]:
 
 
 def load_adapter(model, folder):
-    """Put the PEFT adapter of a folder on its base model; return the model, ready to train on.
-
-    The tensors say which layers are adapted, so every form of target_modules works. UserError on a
-    damaged adapter, another model's, or one with a feature of PEFT that we do not compute.
-    """
+    """Put the PEFT adapter of a folder on its base model; return the model. The tensors say which
+    layers are adapted. UserError on a damaged adapter, another model's, or one beyond our layer."""
     folder = Path(folder)
     config = read_config(folder)
     rank, alpha = config["r"], config["lora_alpha"]

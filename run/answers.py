@@ -1,4 +1,4 @@
-"""Files of graded answers: read, write, count by group, and compare two of them in pairs."""
+"""Files of graded answers: read, write, count by group."""
 
 import itertools
 import json

@@ -55,9 +55,8 @@ def out_of_memory(error) -> bool:
 
 
 def printable(text, signs=None) -> str:
-    """Return text of a model or a file, fit for a terminal: U+FFFD stands for what would steer it
-    (escapes), reorder a line (bidi controls) or cannot be written (half of a surrogate pair).
-    Line ends and tabs stay, or become what the dict `signs` says."""
+    """Return text with U+FFFD for what would steer a terminal, reorder a line or cannot be written
+    (half of a surrogate pair). Line ends and tabs stay, or become what the dict `signs` says."""
     bad = [sign for sign in set(text) if unicodedata.category(sign) in STEERING]
     table = dict.fromkeys(bad, "\ufffd") | (signs or {"\n": "\n", "\t": "\t"})
     return text.translate(str.maketrans(table))

@@ -1,7 +1,4 @@
-"""Files that are checked when they are read, and whole when they are written: JSON and safetensors.
-
-Whatever cannot be used ends in a UserError.
-"""
+"""JSON and safetensors, checked when they are read and whole when they are written."""
 
 import json
 import os

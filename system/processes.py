@@ -1,8 +1,7 @@
-"""The processes of a run that torchrun has started; without torchrun there is one, of rank 0.
+"""The processes that torchrun has started; without torchrun there is one, of rank 0.
 
-Each process works on its share of the problems or rows. Results are added up over the processes
-(a tensor is 0 where another process fills it in), so all of them know the whole step and make the
-same update, and only the first one need print and write.
+Each works on its share of the problems or rows; a tensor is 0 where another process fills it in.
+Added up, all know the whole step and make the same update. Only the first prints and writes.
 """
 
 import os

@@ -7,9 +7,12 @@ skipped, and weights too small would hide attention altogether.
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test goes online
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: workers share the cores among themselves
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,8 +23,16 @@ from hf.checkpoint import config_from_dict
 from model import Qwen3
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPE = dict(vocab_size=311, hidden_size=40, intermediate_size=56, num_hidden_layers=2)
-SHAPE |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=10, rms_norm_eps=1e-2)
+SHAPE = dict(
+    vocab_size=311,
+    hidden_size=40,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=10,
+    rms_norm_eps=1e-2,
+)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
 TEXT = """Solve this math problem step by step. Put your final answer in \\boxed{}. What is $3+4$?
 The sum of three and four is seven, so the answer is $7$. A train leaves the station at noon and
@@ -29,7 +40,7 @@ travels sixty miles in an hour; how far has it gone by three? It has travelled f
 
 
 def randomise(model, seed=0):
-    """Give every parameter a random value of a size that matters; returns the model, frozen."""
+    """Give every parameter a random value of a size that matters; return the model, frozen."""
     rng = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=rng)
@@ -41,13 +52,13 @@ def randomise(model, seed=0):
 
 
 def tiny_model(seed=0, **changes) -> Qwen3:
-    """A random model of ours, tied, of the Qwen3 family unless told otherwise."""
+    """Return a random model of ours, tied, of the Qwen3 family unless told otherwise."""
     raw = SHAPE | dict(model_type="qwen3", rope_theta=500.0, tie_word_embeddings=True) | changes
     return randomise(Qwen3(config_from_dict(raw)), seed)
 
 
 def hf_model(family="qwen3", seed=0, rope_theta=500.0, **changes):
-    """A random model of transformers; `changes` are fields of its config."""
+    """Return a random model of transformers; `changes` are fields of its config."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -64,7 +75,7 @@ def edit_json(path, drop=(), **changes):
 
 
 def save_tokenizer(folder):
-    """A byte-level BPE tokenizer of 300 tokens, in `folder` as transformers saves it."""
+    """Save a byte-level BPE tokenizer of 300 tokens in a folder, as transformers does."""
     from transformers import PreTrainedTokenizerFast
 
     file = Tokenizer(models.BPE())
@@ -79,9 +90,18 @@ def save_tokenizer(folder):
     fast.save_pretrained(folder)
 
 
+@pytest.fixture(autouse=True)
+def keep_signals():
+    """Put back the handlers of Ctrl-C and SIGTERM, which a command run in this process changes."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A whole checkpoint folder of the Qwen3 family, with a tokenizer. Not to be changed."""
+    """Make a whole checkpoint folder of the Qwen3 family, with a tokenizer. Not to be changed."""
     path = tmp_path_factory.mktemp("checkpoint")
     hf_model(tie_word_embeddings=True, eos_token_id=2).save_pretrained(path)
     save_tokenizer(path)
@@ -90,5 +110,5 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def scratch(folder, tmp_path):
-    """A copy of `folder` that a test may damage."""
+    """Make a copy of `folder` that a test may damage."""
     return Path(shutil.copytree(folder, tmp_path / "checkpoint"))

@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import tiny_model
 
-from eval_math import pass_at_k, verify
+from eval_math import evaluate, graded, pass_at_k, verify
 from run.answers import wilson
+from sample import generate
 from verifier.extract import extract_answer
 
 ROOT = Path(__file__).parent.parent
@@ -268,6 +270,69 @@ def test_pass_at_k_of_many_samples():
     """Overflow, or a probability outside 0 ... 1, for the n that papers use."""
     assert pass_at_k(10000, 0, 100) == 0 and pass_at_k(10000, 9901, 100) == 1
     assert pass_at_k(10000, 1, 100) == pytest.approx(0.01)
+
+
+class Spelled:
+    """A tokenizer of 11 letters, of which 0 ends the text; `boxed` ones are an answer."""
+
+    eos_ids = (0,)
+
+    def __init__(self, boxed):
+        self.boxed = boxed
+
+    def decode(self, ids):
+        return "".join(rf"\boxed{{{i}}}" if i in self.boxed else f" {i}" for i in ids)
+
+
+def test_evaluate_by_hand():
+    """Answers counted for another problem or sample, cut-off ones counted as boxed, pass@k of the
+    greedy answers, or sampling keyed by the step, so that evaluations are not paired."""
+    model = tiny_model()
+    tokenizer = Spelled(boxed=(1, 2, 3, 4, 5))
+    prompts = [[3, 5], [7, 2, 9, 4], [1], [8, 8], [6, 4], [10, 9, 2]]
+    golds = ["1", "2", "3", "4", "5", "1"]
+    n, limit = 4, 8
+    result, answers = evaluate(model, tokenizer, prompts, golds, n, limit, 1.0, 1.0, seed=3)
+
+    # The same, one prompt at a time, counted by hand.
+    shared = dict(eos_ids=(0,), max_new_tokens=limit, seed=3, step=-1)
+    hits, boxed, some, each = 0, 0, 0, 0
+    for prompt, gold in zip(prompts, golds, strict=True):
+        greedy = generate(model, [prompt], temperature=0, **shared)
+        (text,) = greedy.texts(tokenizer)
+        hits += verify(text, gold)
+        boxed += "boxed" in text and bool(greedy.finished)
+        texts = generate(model, [prompt], n, **shared).texts(tokenizer)
+        right = [verify(text, gold) for text in texts]
+        some += any(right)
+        each += sum(right)
+        index = prompts.index(prompt)
+        assert [row["completion"] for row in answers if row["index"] == index] == [text, *texts]
+    P = len(prompts)
+    expected = {"greedy": hits / P, "pass@1": each / (P * n), "pass@4": some / P}
+    assert {key: result[key] for key in expected} == pytest.approx(expected)
+    assert 0 < each < P * n  # or this test says nothing
+    assert (result["boxed"], result["n"]) == (boxed / P, P)
+    for key in expected:
+        assert result[f"{key}_95"] == pytest.approx(wilson(result[key], P), abs=1e-4)
+    assert [row["sample"] for row in answers] == [None] * P + list(range(n)) * P
+    assert all(row["gold"] == golds[row["index"]] for row in answers)
+
+    greedy_only, rows = evaluate(model, tokenizer, prompts, golds, 0, limit, 1.0, 1.0, seed=3)
+    assert greedy_only["greedy"] == result["greedy"]
+    assert not [key for key in greedy_only if key.startswith("pass")]
+    assert len(rows) == P
+
+
+def test_graded_keeps_what_it_was_given():
+    """A regraded file whose verdicts are the old ones, or of another strictness."""
+    rows = [dict(completion=r"so \boxed{1}", gold="1", verdict=False, level=3)]
+    rows.append(dict(completion="The answer is 2.", gold="2"))
+    strict = graded([dict(row) for row in rows])
+    assert [row["verdict"] for row in strict] == [True, False]
+    assert [row["extracted"] for row in strict] == ["1", None]
+    assert strict[0]["level"] == 3
+    assert [row["verdict"] for row in graded(rows, strict=False)] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Hostile files: whatever they hold, a loader returns or raises UserError, soon, in little memory.
 
 Each test damages one file of a checkpoint, an adapter or a data set that is otherwise whole. The
-examples are the same in every run.
+examples are the same in every run, and `pytest -m long` tries many more of them.
 """
 
 import ast
@@ -14,7 +14,6 @@ import re
 import resource
 import shutil
 import struct
-import subprocess
 import sys
 import time
 import zipfile
@@ -25,25 +24,22 @@ from conftest import ROOT
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import eval_math
+import sample
+import train
 from data.problems import add_prompts, load_problems
 from eval_math import graded
+from experiments.compare import compare
 from hf.checkpoint import INDEX, load_model, load_tokenizer
 from hf.peft import load_adapter, save_adapter
 from lora import add_lora
-from run.answers import compare, print_groups, read_answers
+from run.answers import print_groups, read_answers
 from run.flags import check_fit
 from system.errors import UserError, printable
 
 ROOM = 2**30  # bytes that a loader may allocate beyond what is there; the files have 200 kB
 SECONDS = 5  # of processor time for a file
-FUZZ = settings(
-    max_examples=100,
-    derandomize=True,
-    deadline=None,  # it would count the time that other processes take
-    database=None,
-    phases=[Phase.generate],  # to shrink a failure takes minutes
-    suppress_health_check=list(HealthCheck),
-)
+FEW_OR_MANY = pytest.mark.parametrize("examples", [50, pytest.param(200, marks=pytest.mark.long)])
 
 ODD = [0, 1, -1, 2, 3, 2**20, 10**9, 2**63, 10**400, 0.5, 1e-300, 1e300, float("nan"), float("inf")]
 ODD += [
@@ -109,6 +105,19 @@ def damaged(whole, name, data):
         (folder / name).unlink()
         if name in files:
             (folder / name).write_bytes(files[name])
+
+
+def fuzz(examples, *strategies):
+    """Have hypothesis call a test with so many examples of these strategies."""
+    how = settings(
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,  # it would count the time that other processes take
+        database=None,
+        phases=[Phase.generate],  # to shrink a failure takes minutes
+        suppress_health_check=list(HealthCheck),
+    )
+    return lambda test: how(given(*strategies)(test))
 
 
 def outcome(load, *args):
@@ -178,19 +187,27 @@ def use(folder):
     return model
 
 
+@FEW_OR_MANY
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
-def test_json_of_a_checkpoint(whole, name):
+def test_json_of_a_checkpoint(whole, name, examples):
     """A config.json that lies about shapes, of wrong types or nested too deeply; a tokenizer that
     does not fit the model, or that its library cannot run."""
 
-    @FUZZ
-    @given(changed_object(json.loads(whole[1][name])))
+    @fuzz(examples, changed_object(json.loads(whole[1][name])))
     def test(data):
         with damaged(whole, name, data) as folder:
             outcome(use, folder)
 
     assert use(whole[0])
     test()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "adapter_config.json", INDEX])
+def test_json_nested_too_deeply(whole, name):
+    """A RecursionError is no ValueError: it went past the handler."""
+    with damaged(whole, name, DEEP) as folder, pytest.raises(UserError, match=re.escape(name)):
+        use(folder)
+        load_adapter(load_model(folder), folder)
 
 
 @st.composite
@@ -224,11 +241,11 @@ def changed_tensors(draw, data):
     return struct.pack("<Q", length) + text + body
 
 
-def test_weights(whole):
+@FEW_OR_MANY
+def test_weights(whole, examples):
     """A header with lengths, offsets or types that are lies; a bit that flipped."""
 
-    @FUZZ
-    @given(changed_tensors(whole[1]["model.safetensors"]))
+    @fuzz(examples, changed_tensors(whole[1]["model.safetensors"]))
     def test(data):
         with damaged(whole, "model.safetensors", data) as folder:
             model = outcome(use, folder)
@@ -237,14 +254,15 @@ def test_weights(whole):
     test()
 
 
+@FEW_OR_MANY
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_adapters(whole, name):
+def test_adapters(whole, name, examples):
     """An adapter is what people download and share: a rank of a billion must allocate nothing."""
     data = whole[1][name]
     base = load_model(whole[0])
+    changed = changed_object(json.loads(data)) if name.endswith("json") else changed_tensors(data)
 
-    @FUZZ
-    @given(changed_object(json.loads(data)) if name.endswith("json") else changed_tensors(data))
+    @fuzz(examples, changed)
     def test(data):
         with damaged(whole, name, data) as folder:
             outcome(lambda: load_adapter(copy.deepcopy(base), folder))
@@ -253,12 +271,12 @@ def test_adapters(whole, name):
     test()
 
 
-def test_index(whole):
+@FEW_OR_MANY
+def test_index(whole, examples):
     """The index of a sharded checkpoint names files: of any type, or anywhere."""
     raw = dict(metadata=dict(total_size=1), weight_map={"model.norm.weight": "model.safetensors"})
 
-    @FUZZ
-    @given(changed_object(raw))
+    @fuzz(examples, changed_object(raw))
     def test(data):
         with damaged(whole, INDEX, data) as folder:
             outcome(use, folder)
@@ -270,7 +288,8 @@ ROWS = [dict(problem="1+1?", answer="2", level=1), dict(question="2?", answer="a
 ROWS += [dict(problem="b", solution=r"\boxed{3}", gold="3", completion=r"\boxed{3}", verdict=True)]
 
 
-def test_problem_files(whole, tmp_path, capsys):
+@FEW_OR_MANY
+def test_problem_files(whole, tmp_path, capsys, examples):
     """Broken lines, wrong types, half of a surrogate pair, escapes: in the reader, the tokenizer,
     the verifier, and on the screen."""
     tokenizer, path = load_tokenizer(whole[0]), tmp_path / "rows.jsonl"
@@ -286,11 +305,9 @@ def test_problem_files(whole, tmp_path, capsys):
         print_groups(graded(read_answers(str(path), "completion", "gold")))
         compare(str(path), str(path))
 
-    @FUZZ
-    @given(
-        st.lists(st.sampled_from(ROWS).flatmap(changed_object), min_size=1, max_size=3),
-        st.booleans(),
-    )
+    lines = st.lists(st.sampled_from(ROWS).flatmap(changed_object), min_size=1, max_size=3)
+
+    @fuzz(examples, lines, st.booleans())
     def test(lines, dos):
         path.write_bytes((b"\r\n" if dos else b"\n").join(lines))
         outcome(read)
@@ -411,7 +428,7 @@ def test_printable():
     assert printable("a\nb\x1b", {"\n": "↵"}) == "a↵b\ufffd"
 
 
-def test_a_hostile_tokenizer_on_the_screen(scratch):
+def test_a_hostile_tokenizer_on_the_screen(scratch, monkeypatch, capfdbinary):
     """The commands print what a model writes: here every token is an escape sequence."""
     raw = json.loads((scratch / "tokenizer.json").read_text())
     raw["added_tokens"] = [
@@ -426,13 +443,14 @@ def test_a_hostile_tokenizer_on_the_screen(scratch):
     (scratch / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--model", scratch, "--data", scratch / "rows.jsonl", "--max-new-tokens", "20"]
     small = ["--steps", "1", "--prompts", "2", "--samples", "2", "--eval-problems", "2"]
-    for command in (
-        ["sample.py", "--problems", "1"],
-        ["eval_math.py", "--problems", "2", "--samples", "1", "--out", scratch / "answers.jsonl"],
-        ["train.py", *small, "--eval-samples", "0", "--rank", "1", "--out", scratch / "run"],
-    ):
-        line = [sys.executable, *map(str, command), *map(str, flags)]
-        done = subprocess.run(line, cwd=ROOT, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
-        assert "red" in done.stdout.decode() or command[0] == "eval_math.py"
-        assert not re.search(rb"[\x00-\x08\x0b-\x1f]|\xe2\x80\xae", done.stdout + done.stderr)
+    commands = {
+        sample: ["--problems", "1"],
+        eval_math: ["--problems", "2", "--samples", "1", "--out", scratch / "answers.jsonl"],
+        train: [*small, "--eval-samples", "0", "--rank", "1", "--out", scratch / "run"],
+    }
+    for module, own in commands.items():
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, own), *map(str, flags)])
+        assert module.main() is None
+        out, err = capfdbinary.readouterr()
+        assert b"red" in out or module is eval_math
+        assert not re.search(rb"[\x00-\x08\x0b-\x1f]|\xe2\x80\xae", out + err)

@@ -1,15 +1,16 @@
 """Downloads, from a small server on the loopback address that speaks as the Hub does.
 
 huggingface_hub reads its environment when it is imported, so every reader is a process of its own,
-with HF_ENDPOINT at the server and a cache in the test's folder. Nothing goes online.
+with HF_ENDPOINT at the server and a cache in the test's folder. It is forked from one that has
+imported torch, which takes seconds. Nothing goes online.
 """
 
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,21 +20,12 @@ import pytest
 import torch
 from conftest import ROOT, hf_model, save_tokenizer
 
-from data.problems import HUB
-from hf.checkpoint import load_model
+from data.problems import HUB, load_problems
+from hf.checkpoint import hub_model, load_model
+from system.errors import UserError, run_cli
 
 OLD, NEW = "1" * 40, "2" * 40  # two commits of every repository
-READ = """
-import json, sys
-from data.problems import load_problems
-from hf.checkpoint import hub_model
-from system.errors import UserError
-for kind, *args in json.loads(sys.argv[1]):
-    try:
-        print(json.dumps(str(hub_model(*args)) if kind == "model" else load_problems(*args)))
-    except UserError as error:
-        print(json.dumps(dict(error=str(error))))
-"""
+PRELOAD = ["hf.checkpoint", "data.problems"]  # what takes long to import, and no huggingface_hub
 
 
 class Hub:
@@ -57,7 +49,8 @@ class Hub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        serve = self.server.serve_forever
+        threading.Thread(target=serve, kwargs=dict(poll_interval=0.01), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def asked(self, method="GET"):
@@ -131,21 +124,74 @@ def hub():
     hub.server.server_close()
 
 
-def environment(hub, cache, **changes):
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k}
-    env |= dict(HF_ENDPOINT=hub.url, HF_HOME=str(cache), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    return env | dict(HF_HUB_DISABLE_PROGRESS_BARS="1", PYTHONUTF8="1") | changes
+# ---- Readers, each a process of its own ----------------------------------------------------------
 
 
-def read(hub, cache, *calls, code="", **env):
-    """What each of these calls returned, or the words of its UserError, in a process of its own."""
-    command = [sys.executable, "-c", code + READ, json.dumps(calls)]
-    env = environment(hub, cache, **env)
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line[0] in '"[{']
+def in_process(function, args, hub, cache, **changes):
+    """Call a function where huggingface_hub is not imported yet; returns exit code and output."""
+    env = dict(HF_ENDPOINT=hub.url, HF_HOME=str(cache), HF_HUB_DISABLE_PROGRESS_BARS="1") | changes
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(PRELOAD)
+    logs = [str(Path(cache).with_suffix(end)) for end in (".out", ".err")]
+    process = forks.Process(target=child, args=(function, args, env, logs))
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode, *(Path(log).read_text() for log in logs)
+
+
+def child(function, args, env, logs):
+    """What such a process does: with this environment, its output in two files."""
+    for number, log in enumerate(logs, 1):
+        with open(log, "wb") as file:
+            os.dup2(file.fileno(), number)
+    assert "huggingface_hub" not in sys.modules
+    for name in list(os.environ):
+        if name.startswith("HF_") or "proxy" in name.lower():
+            del os.environ[name]
+    os.environ |= env
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def print_calls(calls, prepare):
+    """Print what each call of hub_model or load_problems returns, or the words of its UserError."""
+    if prepare:
+        prepare()
+    for kind, *args in calls:
+        try:
+            found = str(hub_model(*args)) if kind == "model" else load_problems(*args)
+        except UserError as error:
+            found = dict(error=str(error))
+        print(json.dumps(found), flush=True)
+
+
+def read(hub, cache, *calls, prepare=None, **env):
+    """What each of these calls returned, or the words of its UserError."""
+    code, out, err = in_process(print_calls, (calls, prepare), hub, cache, **env)
+    assert code == 0, err
+    found = [json.loads(line) for line in out.splitlines() if line[0] in '"[{']
     assert len(found) == len(calls)
     return [x["error"] if isinstance(x, dict) else x for x in found]
+
+
+def small_pieces():
+    """The library resumes within a process, by pieces of 10 MB: here of 4 kB."""
+    from huggingface_hub import constants
+
+    constants.DOWNLOAD_CHUNK_SIZE = 4096
+
+
+def no_pyarrow():
+    sys.modules["pyarrow"] = None  # as where it is not installed
+
+
+def sample_main(flags):
+    import sample
+
+    sys.argv = ["sample.py", "Hi", "--max-new-tokens", "9", *flags]
+    run_cli(sample.main)
 
 
 @pytest.fixture(scope="module")
@@ -214,10 +260,8 @@ def test_the_command_line(hub, folder, tmp_path):
     hub.repos["models/some/tiny"] = {OLD: files}
 
     def sample(*flags, **env):
-        command = [sys.executable, "sample.py", "Hi", "--max-new-tokens", "9", *flags]
-        env = environment(hub, tmp_path, **env)
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        return done.returncode, done.stdout.rsplit("\n\n", 1)[0], done.stderr
+        code, out, err = in_process(sample_main, (flags,), hub, tmp_path, **env)
+        return code, out.rsplit("\n\n", 1)[0], err
 
     pinned = ["--model", "some/tiny", "--revision", OLD]
     assert sample(*pinned) == sample("--model", str(folder)) == sample(*pinned, HF_HUB_OFFLINE="1")
@@ -227,13 +271,12 @@ def test_the_command_line(hub, folder, tmp_path):
 
 def test_a_line_that_drops_is_taken_up_where_it_dropped(hub, sharded, tmp_path):
     """After a broken connection the file would start again from nothing, or be glued together
-    wrongly. (The library resumes within a process, by pieces of 10 MB: here of 4 kB.)"""
+    wrongly."""
     files = sharded[1]
     hub.repos["models/some/tiny"] = {NEW: files}
     shard = max(needed(files), key=lambda name: len(files[name]) * name.endswith("safetensors"))
     hub.cut[shard] = 20_000
-    code = "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 4096\n"
-    [path] = read(hub, tmp_path, ["model", "some/tiny"], code=code)
+    [path] = read(hub, tmp_path, ["model", "some/tiny"], prepare=small_pieces)
     ranges = [asked for method, url, asked in hub.log if method == "GET" and shard in url]
     assert ranges == [None, "bytes=16384-"]
     for name in needed(files):
@@ -361,10 +404,8 @@ def test_data_faults(hub, tmp_path):
     assert empty == f"openai/gsm8k has no main/test-*.parquet at {NEW}: choose another"
     if importlib.util.find_spec("pyarrow"):
         assert "test-0.parquet is damaged" in damaged
-    code = "import sys; sys.modules['pyarrow'] = None\n"  # as where it is not installed
-    [absent, plain] = read(
-        hub, tmp_path, ["data", "math", "test"], ["data", "math500", "test"], code=code
-    )
+    calls = ["data", "math", "test"], ["data", "math500", "test"]
+    [absent, plain] = read(hub, tmp_path, *calls, prepare=no_pyarrow)
     assert absent == "test-0.parquet: pip install pyarrow, or give a JSONL file"
     assert plain[0]["answer"] == "3"
     gone = dict(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "none"))

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from hf.checkpoint import config_from_dict, load_model, load_tokenizer
 from model import KVCache, Qwen3
 from run.flags import load_base
 from sample import generate
+from system import errors
 from system.errors import UserError, run_cli
 
 SHAPES = {  # what transformers builds; the defaults are in conftest.SHAPE
@@ -281,7 +283,7 @@ OLDER = dict(rope_parameters=None, rope_theta=500.0)
         ("qwen3", dict(vocab_size=-311), "vocab_size = -311 is out of range"),
         ("qwen3", dict(vocab_size=10**12), "vocab_size = 1000000000000 is out of range"),
         ("qwen3", dict(vocab_size=2**20), "embed_tokens|lm_head"),
-        ("qwen3", dict(num_hidden_layers=2**20), "layers be at most 1,000"),
+        ("qwen3", dict(num_hidden_layers=2**20), "num_hidden_layers be at most 1000"),
         ("qwen3", dict(num_hidden_layers=100), "model.layers.10.input_layernorm"),
         ("qwen3", dict(num_attention_heads=2**20, hidden_size=2**20, head_dim=2**20), "tensor"),
         ("qwen3", dict(tie_word_embeddings="false"), "tie_word_embeddings should be of type bool"),
@@ -318,7 +320,7 @@ def test_bf16(tmp_path):
 
 MEASURE = """
 import re, sys, torch
-from model import load_model
+from hf.checkpoint import load_model
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 load_model(sys.argv[1])  # a tiny one, after which all that torch imports late is there
@@ -384,8 +386,19 @@ def test_tokenizer_refusals(scratch):
         load_tokenizer(scratch)
 
 
-@pytest.mark.parametrize("error", [UserError("mend\n\x1b[2Jthis"), MemoryError("no memory")])
-def test_run_cli_shows_one_line(capsys, error):
+MORE_ROOM = "lower --micro-batch-tokens, --samples, --prompts or --max-new-tokens, then --resume"
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (UserError("mend\n\x1b[2Jthis"), "error: mend \ufffd[2Jthis\n"),
+        (OSError("the disk is full"), "error: the disk is full\n"),
+        (MemoryError("no memory"), f"error: out of memory: {MORE_ROOM}\n"),
+        (RuntimeError("CUDA out of memory. Tried"), f"error: out of memory: {MORE_ROOM}\n"),
+    ],
+)
+def test_run_cli_shows_one_line(capsys, error, line):
     """A user's mistake would end in a traceback, or a script take it for success."""
 
     def main():
@@ -393,9 +406,25 @@ def test_run_cli_shows_one_line(capsys, error):
 
     with pytest.raises(SystemExit) as stopped:
         run_cli(main)
-    out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and out == ""
-    assert err.startswith("error: ") and err.count("\n") == 1 and "\x1b" not in err
+    assert stopped.value.code == 2 and capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_cut_the_line(capsys, monkeypatch, number):
+    """torchrun sends a signal of its own after Ctrl-C: a traceback in place of how to resume."""
+
+    def main():
+        os.kill(os.getpid(), number)
+
+    def say(line, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        print(line, **options)
+
+    monkeypatch.setattr(errors, "print", say, raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(main)
+    assert stopped.value.code == 128 + number and capsys.readouterr() == ("", "stopped\n")
 
 
 @pytest.mark.parametrize("eos", [[], "2", ["2"], -1, [2, -1], True, [[2]], {"2": 2}, 2.0])
@@ -418,7 +447,7 @@ def test_a_tokenizer_of_another_model_is_refused(scratch):
     edit_json(scratch / "generation_config.json", eos_token_id=[2, 310])
     load()  # the last embedding, which the tokenizer does not use
     edit_json(scratch / "generation_config.json", eos_token_id=[2, 311])
-    with pytest.raises(UserError, match="an id 311, the model 311 tokens"):
+    with pytest.raises(UserError, match="id 311, the model 311 tokens"):
         load()
     edit_json(scratch / "generation_config.json", eos_token_id=2)
     path = scratch / "tokenizer.json"
@@ -426,7 +455,7 @@ def test_a_tokenizer_of_another_model_is_refused(scratch):
     raw = copy.deepcopy(whole)
     raw["model"]["vocab"][max(raw["model"]["vocab"], key=len)] = 9000  # few tokens, but a far id
     path.write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="an id 9000"):
+    with pytest.raises(UserError, match="id 9000"):
         load()
     raw = copy.deepcopy(whole)
     token = dict(id="<s>", ids=[9001], tokens=["<s>"])  # is put before every text
@@ -437,7 +466,7 @@ def test_a_tokenizer_of_another_model_is_refused(scratch):
     template = dict(type="TemplateProcessing", single=single, pair=single)
     raw["post_processor"] = template | {"special_tokens": {"<s>": token}}
     path.write_text(json.dumps(raw))
-    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read|an id 9001"):
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read|id 9001"):
         load()
     vocab = dict(type="WordLevel", vocab={"a": 0}, unk_token="[UNK]")  # which is not in it
     path.write_text(json.dumps(whole | dict(model=vocab, added_tokens=[])))

@@ -1,4 +1,7 @@
-"""sample.py: the distribution against exact enumeration, the rows against each sampled alone."""
+"""sample.py: the distribution against exact enumeration, the rows against each sampled alone.
+
+Where `way` is an argument the test runs twice: with fast/decoder.py, and with the plain decoder.
+"""
 
 import os
 import subprocess
@@ -9,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_model
+from helpers import EXACT, double, in_double, rounding
 
+import sample
 from data.problems import prompt_text
 from hf.checkpoint import load_model, load_tokenizer
-from sample import FEW, RUN, cut, draw, generate, uniforms
-from system.errors import UserError, printable
+from sample import generate, inverse_cdf, sample_token, top_p_filter, uniforms
+from system.errors import UserError, printable, run_cli
 
 BELOW_1 = 1 - 2**-53  # the largest float64 below 1
+LARGEST = 10  # no state or logit here is larger: fp32's relative rounding, times this, is absolute
 PROMPTS = [[1, 2, 3], [4], [5, 0, 5, 1, 2, 2, 3], [2, 4]]
 SMALL = dict(vocab_size=12, max_new_tokens=40, eos_ids=(7, 9))  # ends after about 10 tokens
 
@@ -25,11 +31,35 @@ def model():
     return tiny_model(vocab_size=12)
 
 
+@pytest.fixture(params=["fp32", "float64"])
+def either(request, model):
+    """The model in fp32, or all that the test computes in float64: that is 10^8 times sharper."""
+    if request.param == "fp32":
+        yield model
+    else:
+        with double():
+            yield in_double(model)
+
+
+@pytest.fixture(params=["fast", "plain"])
+def way(request, monkeypatch):
+    """Sample with fast/, or without it."""
+    make_decoder = sample.PlainDecoder
+    if request.param == "fast":
+        make_decoder = pytest.importorskip("fast.decoder").kept_decoder
+    monkeypatch.setattr(sample, "make_decoder", make_decoder)
+    return request.param
+
+
 @torch.no_grad()
-def full_logits(model, prompt, tokens):
-    """The logits (T, V) that predict `tokens` after `prompt`: one forward, without a cache."""
+def exact(model, prompt, tokens):
+    """The states (T, D) and logits (T, V) that predict `tokens` after `prompt`: one forward pass in
+    float64, without a cache."""
     ids = torch.tensor([list(prompt) + list(tokens)])
-    return model.logits(model(ids))[0, len(prompt) - 1 : -1].double()
+    with double():
+        wide = in_double(model)
+        states = wide(ids)[0, len(prompt) - 1 : -1]
+        return states, wide.logits(states)
 
 
 def rows(completions):
@@ -39,19 +69,26 @@ def rows(completions):
     return [(tokens[:end], logps[:end], bool(done)) for tokens, logps, end, done in fields]
 
 
-def assert_same(got, want):
+def assert_near(model, found, want):
+    """The same numbers, up to rounding in a pass through the model in fp32, or in float64."""
+    bound = LARGEST * rounding(model)  # 2e-4 to 4e-4 for the models here
+    if model.lm_head.weight.dtype == torch.float64:
+        bound = 100 * EXACT
+    torch.testing.assert_close(found.double(), want.double(), atol=bound, rtol=0)
+
+
+def assert_same(model, got, want):
     """The same tokens; the same log-probs up to what a batch of another shape may round."""
     assert [(tokens, done) for tokens, _, done in got] == [(t, d) for t, _, d in want]
     for (_, a, _), (_, b, _) in zip(got, want, strict=True):
-        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-5, rtol=0)
+        assert_near(model, torch.tensor(a), torch.tensor(b))
 
 
-# --------------------------------------------------------------------------------------------------
-# The distribution
+# ---- The distribution ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.7, 0), (1.6, 4)])
-def test_distribution_is_the_models(temperature, top_k):
+def test_distribution_is_the_models(way, temperature, top_k):
     """Samples can look sensible and be from another distribution: a temperature applied twice or
     not at all, one uniform used for two tokens, a shifted CDF, a prompt's last token dropped."""
     model, prompt, eos, N = tiny_model(seed=3, vocab_size=6), [1, 2, 4], 5, 4000
@@ -94,27 +131,28 @@ def test_draw_at_the_edges():
     """At the ends of the CDF a token of probability 0, or no token at all, could be drawn."""
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
     u = torch.tensor([0.0, 0.25, 0.4999999, 0.5, 0.75, BELOW_1], dtype=torch.float64)
-    tokens = draw(logits.expand(6, 5).log_softmax(-1), u)
+    tokens = sample_token(logits.expand(6, 5).log_softmax(-1), u)
     assert tokens.tolist() == [1, 1, 1, 3, 3, 3]
     even = torch.zeros(4, 4).log_softmax(-1)
     quarters = torch.tensor([0.0, 0.26, 0.51, 0.99], dtype=torch.float64)
-    assert draw(even, quarters).tolist() == [0, 1, 2, 3]
-    assert draw(even, quarters, top_k=2).tolist() == [0, 0, 1, 1]
+    assert sample_token(even, quarters).tolist() == [0, 1, 2, 3]
+    assert sample_token(even, quarters, top_k=2).tolist() == [0, 0, 1, 1]
+    example = torch.tensor([[0.2, 0.5, 0.3]])  # of the docstring
+    assert inverse_cdf(example, torch.tensor([0.6], dtype=torch.float64)).tolist() == [1]
 
 
-@pytest.mark.parametrize("V", [63, FEW, FEW + 1, FEW + RUN, FEW + 5 * RUN + 7])
+@pytest.mark.parametrize("V", [63, 1000, 4423])
 def test_draw_equals_a_running_sum(V):
-    """Tokens are looked for in runs of RUN: an error shows where one run ends and the next begins,
-    where whole runs have no mass, and in what pads the last one."""
+    """A token beside the right one, or one of many without any mass."""
     rng = np.random.default_rng(V)
     p = rng.random(V) * (rng.random(V) < 0.2)
-    p[: 2 * RUN : 2] = p[-1] = 0
-    p[min(V - 2, RUN - 1)] = 1
+    p[:128:2] = p[-1] = 0
+    p[V // 2] = 1
     cdf = np.cumsum(p) / np.cumsum(p)[-1]
     u = np.concatenate([rng.random(300), [0, BELOW_1], cdf - 1e-6, cdf + 1e-6]).clip(0, BELOW_1)
     want = (cdf[None] > u[:, None]).argmax(1)
     logps = torch.from_numpy(p / p.sum()).log().expand(len(u), V)
-    assert draw(logps, torch.from_numpy(u)).tolist() == want.tolist()
+    assert sample_token(logps, torch.from_numpy(u)).tolist() == want.tolist()
 
 
 def test_draw_is_exact_over_a_large_vocabulary():
@@ -126,23 +164,23 @@ def test_draw_is_exact_over_a_large_vocabulary():
     rare = np.flatnonzero((p > 4e-8) & (p < 8e-8) & (cdf > 0.5))
     want = rare[:: len(rare) // 24][:24]
     middle = torch.from_numpy(cdf[want] - p[want] / 2)
-    assert draw(logits.log_softmax(-1).expand(24, -1), middle).tolist() == want.tolist()
+    logps = logits.double().log_softmax(-1).expand(24, -1)  # so that only the sums can round
+    assert sample_token(logps, middle).tolist() == want.tolist()
 
 
-def test_temperature_0_takes_the_likeliest():
+def test_temperature_0_takes_the_likeliest(way):
     """Greedy evaluation must not depend on the uniforms, nor divide by zero."""
     model = tiny_model()
     for seed in (0, 1):
         c = generate(model, PROMPTS, 2, 9, temperature=0, seed=seed)
         for row, prompt in enumerate(p for p in PROMPTS for _ in range(2)):
-            ids = torch.tensor([prompt + c.tokens[row].tolist()])
-            logps = model.logits(model(ids))[0, len(prompt) - 1 : -1].log_softmax(-1)
+            _, logits = exact(model, prompt, c.tokens[row].tolist())
+            logps = logits.log_softmax(-1)
             assert torch.equal(c.tokens[row], logps.argmax(-1))
-            torch.testing.assert_close(c.logps[row], logps.amax(-1), atol=1e-5, rtol=1e-5)
+            assert_near(model, c.logps[row], logps.amax(-1))
 
 
-# --------------------------------------------------------------------------------------------------
-# Top-p and top-k
+# ---- Top-p and top-k -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -165,11 +203,11 @@ def test_temperature_0_takes_the_likeliest():
         ([0.1, 0.4, 0.1, 0.4], 1.0, 0, {0, 1, 2, 3}),
     ],
 )
-def test_cut_by_hand(probs, top_p, top_k, want):
+def test_top_p_filter_by_hand(probs, top_p, top_k, want):
     """Off by one, a cut keeps a token too many or none at all; ties must not be kept by chance."""
     given = torch.tensor([probs, probs[::-1]], dtype=torch.float64)
     before = given.clone()
-    kept = cut(given, top_p, top_k)[0]
+    kept = top_p_filter(given, top_p, top_k)[0]
     assert set(kept.nonzero()[:, 0].tolist()) == want
     assert all(kept[i] == probs[i] for i in want)  # not renormalised
     assert torch.equal(given, before)
@@ -177,7 +215,7 @@ def test_cut_by_hand(probs, top_p, top_k, want):
 
 @pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.99, 1.0])
 @pytest.mark.parametrize("top_k", [0, 1, 5, 60, 500])
-def test_cut_equals_transformers(top_p, top_k):
+def test_top_p_filter_equals_transformers(top_p, top_k):
     """Our nucleus would not be everyone's; and every drawn token must lie in it."""
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
@@ -186,15 +224,14 @@ def test_cut_equals_transformers(top_p, top_k):
     scores = TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
     kept = scores > -torch.inf
     probs = logits.double().softmax(-1)
-    assert torch.equal(cut(probs, top_p, top_k) > 0, kept)
+    assert torch.equal(top_p_filter(probs, top_p, top_k) > 0, kept)
     for u in (0.0, 0.3, 0.9, 0.999, BELOW_1):
         u = torch.full((40,), u, dtype=torch.float64)
-        tokens = draw(logits.log_softmax(-1), u, top_p, top_k)
+        tokens = sample_token(logits.log_softmax(-1), u, top_p, top_k)
         assert kept.gather(1, tokens[:, None]).all()
 
 
-# --------------------------------------------------------------------------------------------------
-# Completions
+# ---- Completions ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -208,56 +245,54 @@ def test_cut_equals_transformers(top_p, top_k):
     ],
     ids=str,
 )
-def test_logps_are_those_of_the_whole_distribution(model, options):
+def test_logps_are_those_of_the_whole_distribution(way, either, options):
     """The ratio and the KL of training compare with these: at the sampling temperature, uncut."""
     options = dict(n=5, max_new_tokens=30, eos_ids=[7]) | options
-    got = rows(generate(model, PROMPTS, **options))
+    got = rows(generate(either, PROMPTS, **options))
     assert len(got) == len(PROMPTS) * options["n"]
     for i, (tokens, logps, _) in enumerate(got):
-        logits = full_logits(model, PROMPTS[i // options["n"]], tokens)
+        _, logits = exact(either, PROMPTS[i // options["n"]], tokens)
         want = (logits / (options.get("temperature") or 1.0)).log_softmax(-1)
-        want = want[range(len(tokens)), tokens].float()
-        torch.testing.assert_close(torch.tensor(logps), want, atol=1e-4, rtol=0)
+        assert_near(either, torch.tensor(logps), want[range(len(tokens)), tokens])
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8)])
-def test_what_is_kept_is_of_the_predicting_state(model, temperature, top_p):
+def test_what_is_kept_is_of_the_predicting_state(way, either, temperature, top_p):
     """DelTA, EAPO and forking tokens read the sampler's own states and entropies: those of the next
     position, of the cut distribution, or of a row that has moved since others were dropped."""
     prompts, options = [[1, 2, 4], [3], [5, 6]], dict(temperature=temperature, top_p=top_p)
     keep = ("entropy", "hidden")
-    c = generate(model, prompts, 8, 40, **options, eos_ids=[5], seed=3, keep=keep)
+    c = generate(either, prompts, 8, 40, **options, eos_ids=[5], seed=3, keep=keep)
     assert len(set(c.lengths.tolist())) > 5  # so rows are dropped on the way
     for row, n in enumerate(c.lengths.tolist()):
         prompt, tokens = prompts[row // 8], c.tokens[row, :n].tolist()
-        with torch.no_grad():
-            states = model(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1]
-        p = (full_logits(model, prompt, tokens) / temperature).softmax(-1)
-        torch.testing.assert_close(c.hidden[row, :n], states, atol=1e-5, rtol=0)
-        expected = -(p * p.log()).sum(-1).float()
-        torch.testing.assert_close(c.entropy[row, :n], expected, atol=1e-5, rtol=0)
-    plain = generate(model, prompts, 8, 40, **options, eos_ids=[5], seed=3)
+        states, logits = exact(either, prompt, tokens)
+        p = (logits / temperature).softmax(-1)
+        assert_near(either, c.hidden[row, :n], states)
+        assert_near(either, c.entropy[row, :n], -(p * p.log()).sum(-1))
+    plain = generate(either, prompts, 8, 40, **options, eos_ids=[5], seed=3)
     assert torch.equal(plain.tokens, c.tokens) and plain.hidden is plain.entropy is None
 
 
-def test_completion_depends_on_its_own_key_only(model):
+def test_completion_depends_on_its_own_key_only(way, model):
     """Then a run could not be repeated, resumed or split: what else is in the batch, its order,
     more samples, a higher limit or fewer rows at a time must not change a completion."""
     options = dict(eos_ids=(7, 9), seed=3, step=2)
     want = rows(generate(model, PROMPTS, 4, 40, **options))
     alone = [row for p in PROMPTS for row in rows(generate(model, [p], 4, 40, **options))]
-    assert_same(alone, want)
+    assert_same(model, alone, want)
     backwards = rows(generate(model, PROMPTS[::-1], 4, 40, **options))
-    assert_same([row for i in (3, 2, 1, 0) for row in backwards[4 * i : 4 * i + 4]], want)
+    assert_same(model, [row for i in (3, 2, 1, 0) for row in backwards[4 * i : 4 * i + 4]], want)
     for max_rows in (1, 5, 8, 11):
-        assert_same(rows(generate(model, PROMPTS, 4, 40, max_rows=max_rows, **options)), want)
+        fewer = rows(generate(model, PROMPTS, 4, 40, max_rows=max_rows, **options))
+        assert_same(model, fewer, want)
     more = rows(generate(model, PROMPTS, 7, 40, **options))
-    assert_same([row for i in range(4) for row in more[7 * i : 7 * i + 4]], want)
+    assert_same(model, [row for i in range(4) for row in more[7 * i : 7 * i + 4]], want)
     for limit in (1, 9, 20):
         short = rows(generate(model, PROMPTS, 4, limit, **options))
         ended = [done and len(tokens) <= limit for tokens, _, done in want]
         cut_off = [(t[:limit], p[:limit], e) for (t, p, _), e in zip(want, ended, strict=True)]
-        assert_same(short, cut_off)
+        assert_same(model, short, cut_off)
 
 
 def test_other_keys_give_other_completions(model):
@@ -283,7 +318,7 @@ def test_uniforms():
     assert min(b - a for a, b in pairwise(sorted(starts))) > 0
 
 
-def test_ends_lengths_and_padding(model):
+def test_ends_lengths_and_padding(way, model):
     """The end token counts and is kept, nothing follows it, and a row without one is not finished;
     rows that end early, and are dropped, must leave the others as they were."""
     n, limit, eos = 12, 30, (7, 9)
@@ -297,9 +332,7 @@ def test_ends_lengths_and_padding(model):
         length = ends[0] + 1 if ends else limit
         assert got.lengths[row] == length and got.finished[row] == bool(ends)
         assert got.tokens[row, :length].tolist() == tokens[:length]
-        torch.testing.assert_close(
-            got.logps[row, :length], endless.logps[row, :length], atol=1e-5, rtol=0
-        )
+        assert_near(model, got.logps[row, :length], endless.logps[row, :length])
         assert not got.tokens[row, length:].any() and not got.logps[row, length:].any()
     lengths, last = got.lengths.tolist(), got.tokens.gather(1, got.lengths[:, None] - 1)
     assert min(lengths) == 1 and max(lengths) == limit  # ended at once; never
@@ -308,7 +341,7 @@ def test_ends_lengths_and_padding(model):
 
 
 @pytest.mark.parametrize("limit", [1, 8, 9])
-def test_all_rows_may_end_before_the_limit(model, limit):
+def test_all_rows_may_end_before_the_limit(way, model, limit):
     """When nothing is left to write, the batch could run on, or come back too wide."""
     every = range(12)
     got = generate(model, PROMPTS, 3, limit, eos_ids=every)
@@ -326,50 +359,66 @@ def test_texts_leave_out_the_end_token(folder):
         assert text == tokenizer.decode(tokens[:-1] if done else tokens)
 
 
-@pytest.mark.parametrize("bad", [dict(prompts=[[1], []]), dict(n=0), dict(max_new_tokens=0)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(prompts=[[1], []]),
+        dict(n=0),
+        dict(max_new_tokens=0),
+        dict(temperature=-1),
+        dict(top_p=0),
+    ],
+)
 def test_nothing_to_sample_is_refused(model, bad):
     """An empty prompt has no state to predict from: it would predict from its padding."""
     with pytest.raises(UserError, match="nothing to sample"):
         generate(model, **dict(prompts=[[1]]) | bad)
 
 
-# --------------------------------------------------------------------------------------------------
-# The command line
-
-
-def run_cli(*args):
-    """Exit code, stdout and stderr of the command."""
-    command = [sys.executable, "sample.py", *map(str, args)]
-    environment = os.environ | dict(PYTHONUTF8="1", OMP_NUM_THREADS="1")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment, timeout=300)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()  # as bytes: a \r stays one
+# ---- The command line ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-def test_cli_prints_what_generate_gives(folder, greedy):
-    """The text is printed token by token: characters of several tokens, the end of the text, or the
-    random streams (in another process) could go wrong."""
-    model, tokenizer, problem = load_model(folder), load_tokenizer(folder), "What is $3+4$?"
-    options, flags = dict(temperature=0, eos_ids=tokenizer.eos_ids), []
+def test_cli_prints_what_generate_gives(folder, monkeypatch, capsys, greedy):
+    """Completions of another prompt or seed than was asked for; in another process, other ones.
+
+    The greedy completion is printed by main in this process, the sampled ones by a command.
+    """
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    problem = "What is $3+4$?"
     prompts = [tokenizer.encode(prompt_text(problem))]
+    options = dict(temperature=0, eos_ids=tokenizer.eos_ids)
+    flags = [problem, "--model", str(folder)]
     if not greedy:  # the first seed with a completion that ends by itself
         options |= dict(temperature=1.3, n=2, max_new_tokens=40)
         runs = ((seed, generate(model, prompts, seed=seed, **options)) for seed in range(2, 200))
         options["seed"] = next(seed for seed, run in runs if run.finished.any())
-        flags = ["--temperature", 1.3, "--samples", 2, "--max-new-tokens", 40]
-        flags += ["--seed", options["seed"]]
+        flags += ["--temperature", "1.3", "--samples", "2", "--max-new-tokens", "40"]
+        flags += ["--seed", str(options["seed"])]
     want = generate(model, prompts, **options)
-    code, out, err = run_cli(problem, "--model", folder, *flags)
-    assert (code, err) == (0, "")
-    assert out.count(problem) == options.get("n", 1)
-    for text in want.texts(tokenizer):
-        assert printable(text.rstrip("\ufffd")) + "\n" in out
-    assert f"{int(want.lengths.sum())} tokens" in out
+    if greedy:
+        monkeypatch.setattr(sys, "argv", ["sample.py", *flags])
+        sample.main()
+        out, err = capsys.readouterr()
+    else:
+        command = [sys.executable, "sample.py", *flags]
+        environment = os.environ | dict(PYTHONUTF8="1", OMP_NUM_THREADS="1")
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment, timeout=300)
+        assert done.returncode == 0
+        out, err = done.stdout.decode(), done.stderr.decode()  # as bytes: a \r stays one
+    assert err == ""
+    texts = [printable(f"\n{problem}\n{text}\n") for text in want.texts(tokenizer)]
+    assert out == "".join(texts)
 
 
-def test_cli_without_a_model_says_so(tmp_path):
+def test_cli_without_a_model_says_so(tmp_path, monkeypatch, capsys):
     """A mistyped path would end in a traceback, or in success."""
-    code, out, err = run_cli("1+1", "--model", tmp_path / "none")
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ") and err.count("\n") == 1
-    assert str(tmp_path / "none") in err
+    path = str(tmp_path / "none")
+    monkeypatch.setattr(sys, "argv", ["sample.py", "1+1", "--model", path])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(sample.main)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert path in err

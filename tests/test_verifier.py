@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval_math import main, verify
-from run.answers import compare, mcnemar, paired_difference
+from experiments.compare import compare, mcnemar, paired_difference
 from system.errors import UserError
 from verifier.compare import same_answer
 from verifier.extract import extract_answer, last_boxed
@@ -32,7 +32,7 @@ from verifier.values import POINTS, PRIMES, Values
 HOUSE = Path(__file__).parent.parent
 SHARED = HOUSE.parent / "shared"
 LABELLED = SHARED / "verifier" / "dev.jsonl"
-PARTS = ("spellings", "latex", "values", "regions", "compare")
+PARTS = ("extract", "spellings", "latex", "values", "regions", "compare")
 LIMIT = 0.5  # seconds of any one check
 
 
@@ -586,6 +586,16 @@ def test_same_text_is_right_whatever_it_means():
         r"\frac{1}{0}",
     ):
         assert right(gold, gold) and right(gold + ".", gold) and not right(gold + "+1", gold)
+
+
+def test_the_table_of_the_readme():
+    """A README that promises what the verifier does not do."""
+    text = (HOUSE / "verifier" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(.+)` \| `(.+)` \| `(.+)` \|$", text, re.MULTILINE)
+    assert len(rows) > 20
+    for gold, equal, other in rows:
+        assert right(equal, gold), (gold, equal)
+        assert not right(other, gold), (gold, other)
 
 
 def test_decimals():

@@ -1,8 +1,7 @@
-"""`python credit.py`: its numbers against definitions, and hostile text on screen and page."""
+"""`python -m view`: its numbers against definitions, and hostile text on screen and page."""
 
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -11,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import train
 from credit import METHODS
 from system.errors import run_cli
-from view import __main__ as credit_view
+from view import __main__ as view
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = "</script><script>document.title='x'</script><!--"
@@ -27,36 +27,36 @@ def sample(tokens, weights, step=1, reward=1.0, problem="What is $3+4$?"):
     """A sample of two rules, as a run keeps it: uniform, and arca with these weights at 1 and 2."""
     flat, zeros = [1.0] * len(tokens), [0.0] * len(tokens)
     x = dict(step=step, problem=problem, gold="7", text="".join(tokens[:-1]), tokens=tokens)
-    x |= dict(reward=reward, credit="arca", weights=weights[0], advantage=reward - 0.5)
+    x |= dict(reward=reward, credit="arca", advantage=reward - 0.5)
     x |= dict(logp=zeros, entropy=zeros, residual=zeros)
     return x | dict(rules=dict(uniform=[flat, flat], arca=weights))
 
 
 def ordinary():
     """A right and a wrong completion of steps 1 and 11; Gini by hand below."""
-    tokens, weights = (
-        ["The", " answer", " 7", "<end>"],
-        [[0.0, 0.5, 0.5, 3.0], [0.0, 0.0, 0.0, 4.0]],
-    )
+    tokens = ["The", " answer", " 7", "<end>"]
     flat = [[1.0] * 4, [1.0] * 4]
-    rows = [
-        sample(tokens, m, step, r) for step, m in ((1, flat), (11, weights)) for r in (1.0, 0.0)
-    ]
+    weights = [[0.0, 0.5, 0.5, 3.0], [0.0, 0.0, 0.0, 4.0]]
+    rows = [sample(tokens, flat, 1, reward) for reward in (1.0, 0.0)]
+    rows += [sample(tokens, weights, 11, reward) for reward in (1.0, 0.0)]
     return json.loads(json.dumps(rows))  # which share nothing
 
 
-def write(folder, rows, tail=""):
-    text = "".join(json.dumps(row) + "\n" for row in rows) + tail
+def write(folder, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "samples.jsonl").write_text(text, encoding="utf-8")
     return folder
 
 
-def call(monkeypatch, capsys, *flags):
-    """(exit code, stdout, stderr) of python credit.py."""
-    monkeypatch.setattr(sys, "argv", ["credit.py", *map(str, flags)])
+def call(monkeypatch, capsys, *flags, matplotlib=False):
+    """(exit code, stdout, stderr) of python -m view; as a rule without the slow figure."""
+    if not matplotlib:  # what import then finds is nothing
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
+    monkeypatch.setattr(sys, "argv", ["view", *map(str, flags)])
     code = 0
     try:
-        run_cli(credit_view.main)
+        run_cli(view.main)
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()
@@ -86,9 +86,9 @@ def defined(w):
 def test_screen_shows_weights_by_shade(monkeypatch, capsys, tmp_path):
     """A view of the wrong step or sharpening; or one in which more credit is lighter."""
     write(tmp_path, ordinary())
-    code, out, err = call(monkeypatch, capsys, "--run", tmp_path, "--out", tmp_path)
+    code, out, err = call(monkeypatch, capsys, tmp_path, "--out", tmp_path)
     assert (code, err) == (0, "")
-    assert re.findall(r"^step (\d+): ", out, re.M) == ["1", "11", "11"]  # own rule twice, then all
+    assert re.findall(r"^step (\d+): ", out, re.M) == ["11"]  # the newest
     # Gini of (0, .5, .5, 3): ((2*2-5) .5 + (2*3-5) .5 + (2*4-5) 3) / (4 * 4) = 9/16; the effective
     # ratio 4^2 / (4 (.25 + .25 + 9)) = .42
     rows = [line for line in bare(out).splitlines() if line.startswith("arca  ")]
@@ -96,7 +96,7 @@ def test_screen_shows_weights_by_shade(monkeypatch, capsys, tmp_path):
     last = [line for line in out.splitlines() if line.startswith("arca  ")][-1]
     grey = [int(shade) for shade in re.findall(r"48;5;(\d+)", last)]
     assert len(grey) == 4 and grey[0] > grey[1] == grey[2] > grey[3] >= 232
-    out = call(monkeypatch, capsys, "--run", tmp_path, "--out", tmp_path, "--sharpening", 2)[1]
+    out = call(monkeypatch, capsys, tmp_path, "--out", tmp_path, "--sharpening", 2)[1]
     assert f"{'arca':17}  0.75  0.25  The answer" in bare(out)  # one-hot: 3/4 and 1/4
 
 
@@ -105,7 +105,7 @@ def test_page_holds_the_numbers(monkeypatch, capsys, tmp_path):
     rule that passes for one of zero."""
     rows = ordinary()
     rows[3]["rules"]["arca"][0] = [4.0, 0.0, 0.0, 0.0]
-    call(monkeypatch, capsys, "--run", write(tmp_path, rows), "--out", tmp_path)
+    call(monkeypatch, capsys, write(tmp_path, rows), "--out", tmp_path)
     data = embedded(tmp_path)
     assert data["own"] == "arca" and [g["step"] for g in data["groups"]] == [1, 11]
     first, last = data["groups"]
@@ -124,26 +124,27 @@ def test_rules_that_not_all_samples_have_are_left_out(monkeypatch, capsys, tmp_p
     """A run resumed after a rule was added to METHODS would end in a KeyError."""
     rows = ordinary()
     rows[3]["rules"]["newer"] = rows[3]["rules"]["arca"]
-    assert call(monkeypatch, capsys, "--run", write(tmp_path, rows), "--out", tmp_path)[0] == 0
+    assert call(monkeypatch, capsys, write(tmp_path, rows), "--out", tmp_path)[0] == 0
     assert [rule["name"] for rule in embedded(tmp_path)["rules"]] == ["uniform", "arca"]
 
 
-def test_samples_the_embedded_model(tmp_path):
-    """A live view whose numbers are of other completions than it shows, that leaves rules out, or
-    that takes rounding for credit where there is no adapter."""
-    out = tmp_path / "shown"
-    flags = ["--problems", "1", "--samples", "2", "--max-new-tokens", "40", "--out", str(out)]
-    command = [sys.executable, str(ROOT / "credit.py"), *flags]
-    env = os.environ | dict(PYTHONIOENCODING="utf-8")
-    result = subprocess.run(command, capture_output=True, encoding="utf-8", env=env, cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "base model" in result.stdout.splitlines()[0]
-    assert str(out / "credit.html") in result.stdout
+def test_what_a_run_has_kept(monkeypatch, capsys, tmp_path):
+    """A view whose numbers are of other completions than it shows, that leaves rules out, or that
+    takes rounding for credit at step 1, where LoRA's B is still 0."""
+    run, out = tmp_path / "run", tmp_path / "shown"
+    flags = "--steps 1 --prompts 1 --samples 2 --max-new-tokens 40 --eval-problems 2 --seed 3"
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *flags.split(), "--eval-samples", "0", "--out", str(run)]
+    )
+    train.main()
+    capsys.readouterr()
+    code, shown, err = call(monkeypatch, capsys, run, "--out", out)
+    assert (code, err) == (0, "") and str(out / "credit.html") in shown
     data = embedded(out)
     assert [rule["name"] for rule in data["rules"]] == list(METHODS)
     assert all(rule["formula"] for rule in data["rules"])
     (group,) = data["groups"]
-    assert len(group["completions"]) == 2
+    assert 1 <= len(group["completions"]) <= 2
     for c in group["completions"]:
         for p in (0, 1):
             for r, name in enumerate(METHODS):
@@ -158,18 +159,6 @@ def test_samples_the_embedded_model(tmp_path):
         assert set(c["weights"][0][arca]) == {1.0} and not any(c["residual"])
 
 
-def test_newest_adapter(monkeypatch, tmp_path):
-    """The adapter of another model, which does not fit, or that of an older run."""
-    monkeypatch.chdir(tmp_path)
-    assert credit_view.newest_adapter("m") == ""
-    for age, (name, model) in enumerate((("b", "m"), ("a", "m"), ("other", "n"), ("new", "m"))):
-        folder = tmp_path / "runs" / name
-        (folder / ("adapter" if name != "new" else "no adapter yet")).mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(dict(settings=dict(model=model))))
-        os.utime(folder / "config.json", (1000 + age, 1000 + age))
-    assert credit_view.newest_adapter("m") == str(Path("runs/a/adapter"))
-
-
 # ---- Hostile text, damaged files -----------------------------------------------------------------
 
 
@@ -182,7 +171,7 @@ def test_screen_never_emits_what_a_model_wrote_to_steer_it(monkeypatch, capsys, 
     """ESC and C1 sequences clear the screen or rename the window; a lone surrogate ends in a
     UnicodeEncodeError."""
     hostile(tmp_path)
-    code, out, err = call(monkeypatch, capsys, "--run", tmp_path, "--out", tmp_path)
+    code, out, err = call(monkeypatch, capsys, tmp_path, "--out", tmp_path)
     assert (code, err) == (0, "")
     rest = set(bare(out)) - {"\n"}
     assert not {c for c in rest if ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u202e\ud800"}
@@ -191,7 +180,7 @@ def test_screen_never_emits_what_a_model_wrote_to_steer_it(monkeypatch, capsys, 
 
 def test_page_escapes_what_a_model_wrote(monkeypatch, capsys, tmp_path):
     """A token that ends the script it is embedded in, and runs as another."""
-    call(monkeypatch, capsys, "--run", hostile(tmp_path), "--out", tmp_path)
+    call(monkeypatch, capsys, hostile(tmp_path), "--out", tmp_path)
     text = (tmp_path / "credit.html").read_text(encoding="utf-8")
     assert "document.title='x'" in text  # it is there, but neither of these is
     template = (ROOT / "view" / "page.html").read_text(encoding="utf-8")
@@ -210,63 +199,50 @@ def test_page_asks_for_nothing_from_outside():
     assert "default-src 'none'" in text
 
 
-def test_a_torn_last_line_is_skipped(monkeypatch, capsys, tmp_path):
-    """A run that was killed as it wrote could not be looked at."""
-    write(tmp_path, ordinary(), tail=json.dumps(ordinary()[0])[:200])
-    assert call(monkeypatch, capsys, "--run", tmp_path, "--out", tmp_path)[0] == 0
-    assert sum(len(g["completions"]) for g in embedded(tmp_path)["groups"]) == 4
-
-
 @pytest.mark.parametrize(
     "text, says",
     [
         (None, "samples.jsonl"),
         ("", "no samples"),
         ('{"step": 1}\n', "line 1"),
-        ("[]\n", "line 1"),
         ("{torn\n{}\n", "line 1"),
-        (json.dumps(ordinary()[0] | dict(logp=[0.0])), "line 1"),
-        (json.dumps(ordinary()[0] | dict(entropy=["0"] * 4)), "line 1"),
-        (json.dumps(ordinary()[0] | dict(entropy=[float("nan")] * 4)), "line 1"),
     ],
 )
 def test_what_is_no_run_is_said_in_one_line(monkeypatch, capsys, tmp_path, text, says):
     """A traceback, or exit code 0, where a user has mistyped a folder or a file is damaged."""
     if text is not None:
         (tmp_path / "samples.jsonl").write_text(text)
-    code, _, err = call(monkeypatch, capsys, "--run", tmp_path, "--out", tmp_path / "shown")
+    code, _, err = call(monkeypatch, capsys, tmp_path, "--out", tmp_path / "shown")
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err
     assert not (tmp_path / "shown").exists()
 
 
-@pytest.mark.parametrize("flag", ["sharpening", "samples", "problems", "max-new-tokens"])
-def test_flags_out_of_range(monkeypatch, capsys, flag):
-    """A traceback from deep inside, after the model was loaded."""
-    code, _, err = call(monkeypatch, capsys, f"--{flag}", 0)
-    assert code == 2 and err.count("\n") == 1 and f"--{flag}" in err
+def test_a_sharpening_that_is_not_kept(monkeypatch, capsys, tmp_path):
+    """A traceback from deep inside."""
+    code, _, err = call(monkeypatch, capsys, write(tmp_path, ordinary()), "--sharpening", 3)
+    assert code == 2 and err.count("\n") == 1 and "--sharpening" in err
 
 
 def test_figure(monkeypatch, capsys, tmp_path):
     """Dollar signs that matplotlib takes for formulas and cannot parse, signs that its font lacks,
     a completion too long for one row of tokens."""
     pytest.importorskip("matplotlib")
-    tokens = ["$\\frac$", "}$", "_^", "\n", "汉", "x" * 30] * 50
-    weights = [[1.0] * 300, [0.5] * 299 + [150.5]]
-    rows = [sample(tokens, weights, reward=r, problem="$\\frac{$ $x_$?") for r in (1.0, 0.0)]
-    flags = ("--run", write(tmp_path, rows), "--out", tmp_path)
-    code, out, err = call(monkeypatch, capsys, *flags)
+    tokens = ["$\\frac$", "}$", "_^", "\n", "汉", "x" * 30]
+    problem = "$\\frac{$ $x_$?"
+    right = sample(tokens * 50, [[1.0] * 300, [0.5] * 299 + [150.5]], problem=problem)
+    wrong = sample(tokens, [[1.0] * 6] * 2, reward=0.0, problem=problem)
+    flags = (write(tmp_path, [right, wrong]), "--out", tmp_path)
+    code, out, err = call(monkeypatch, capsys, *flags, matplotlib=True)
     assert (code, err) == (0, "") and str(tmp_path / "credit.png") in out
     size = (tmp_path / "credit.png").read_bytes()[16:24]  # of a PNG: two big-endian integers
     wide, high = int.from_bytes(size[:4], "big"), int.from_bytes(size[4:], "big")
-    assert wide == 1800 and high > 3 * wide / 2  # eight heat maps, four of each completion
+    assert wide == 1800 and 14 < high / 200 < 15  # inches: five heat maps, four of the long one
 
 
 def test_without_matplotlib_the_rest_is_written(monkeypatch, capsys, tmp_path):
     """An optional package whose absence takes the page with it, or goes unsaid."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # what import then finds is nothing
-    monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
     write(tmp_path, ordinary())
-    code, out, err = call(monkeypatch, capsys, "--run", tmp_path, "--out", tmp_path)
+    code, out, err = call(monkeypatch, capsys, tmp_path, "--out", tmp_path)
     assert (code, err) == (0, "") and "pip install matplotlib" in out.splitlines()[-1]
     assert (tmp_path / "credit.html").exists() and not (tmp_path / "credit.png").exists()
 
@@ -309,7 +285,7 @@ needs_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium here")
 def test_page_in_a_browser(monkeypatch, capsys, tmp_path):
     """A page that stops with an error, shows other numbers than were computed, or cannot be used
     without a mouse."""
-    call(monkeypatch, capsys, "--run", write(tmp_path, ordinary()), "--out", tmp_path)
+    call(monkeypatch, capsys, write(tmp_path, ordinary()), "--out", tmp_path)
     dom = opened(tmp_path, after=PRESS)
     tag = re.search(r"<html[^>]*>", dom)[0]
     assert 'data-ready="yes"' in tag and "data-error" not in tag, tag
@@ -326,7 +302,7 @@ def test_page_in_a_browser(monkeypatch, capsys, tmp_path):
 @needs_browser
 def test_hostile_text_stays_text_in_a_browser(monkeypatch, capsys, tmp_path):
     """A model's completion that runs as a script in the reader's browser."""
-    call(monkeypatch, capsys, "--run", hostile(tmp_path), "--out", tmp_path)
+    call(monkeypatch, capsys, hostile(tmp_path), "--out", tmp_path)
     dom = opened(tmp_path)
     assert 'data-ready="yes"' in dom and "data-error" not in re.search(r"<html[^>]*>", dom)[0]
     assert "<title>x</title>" not in dom

@@ -1,8 +1,8 @@
 """From the LaTeX of an answer to a tree: recursive descent over the tokens of spellings.py.
 
-A tree is a tuple of its kind and its parts: num (Fraction, decimals), var (name), + and * and ^,
-fn (name, arguments), pm and mp, inf, text (words), list, or, set, span (open, close, items: a
-tuple or an interval), rel (operators, sides), cup, cap, setminus, ratio, base, matrix, row.
+A tree is a tuple of its kind and its parts: num (Fraction, decimals), var (name), +, *, ^, pi, e,
+i, inf, fn (name, arguments), pm, mp, text (words), list, or, set, span (open, close, items: a tuple
+or interval), rel (operators, sides), cup, cap, setminus, ratio, base (digits, base), matrix, row.
 """
 
 import itertools
@@ -13,23 +13,24 @@ from verifier.spellings import ALPHABET, MEASURE, tokens
 from verifier.values import NAMES, TRIG, walk
 
 MAX_NESTING = 50
-RELATIONS = {"=": "=", "<": "<", ">": ">", r"\leq": "<=", r"\geq": ">=", "<=": "<=", ">=": ">="}
-RELATIONS |= {r"\neq": "!=", "!=": "!=", r"\in": "in", r"\approx": "~"}
-LEVEL = {r"\over": 0, r"\choose": 0, ":": 5, "*": 7, "/": 7} | dict.fromkeys(RELATIONS, 3)
-LEVEL |= dict.fromkeys((";", ",", "and", "or"), 1) | dict.fromkeys(("+", "-", r"\pm", r"\mp"), 6)
-LEVEL |= dict.fromkeys((r"\cup", r"\cap", r"\setminus"), 4)
-CLOSERS = {"(": (")", "]"), "[": ("]", ")"), "{": ("}",), r"\{": (r"\}",)}
-CLOSERS |= {r"\langle": (r"\rangle",)}
-STARTS = {*CLOSERS, "|", r"\frac", r"\binom", r"\sqrt", r"\lfloor", r"\lceil"}
-STARTS |= {r"\pi", r"\infty", r"\emptyset", r"\mathbb{R}"} | ALPHABET | {"\\" + x for x in NAMES}
-ONE, MINUS = ("num", Fraction(1), 0), ("num", Fraction(-1), 0)
+BINDING = [  # the loosest first
+    r"\over \choose", "; , and or", r"= < > <= >= != \in \approx", r"\cup \cap \setminus", ":",
+    r"- + \pm \mp", "* /",
+]  # fmt: skip
+LEVEL = {op: level for level, ops in enumerate(BINDING) for op in ops.split()}
+RELATIONS, SIGNS = BINDING[2].split(), BINDING[5].split()
+PREFIX = len(BINDING)  # the level of what a sign or a function takes: 2x^2, but no product
+CLOSERS = {"(": ") ]", "[": "] )", "{": "}", r"\{": r"\}", r"\langle": r"\rangle"}
+MINUS = ("num", Fraction(-1), 0)
 DEGREE = ("*", ("pi",), ("num", Fraction(1, 180), 0))
 CONSTANT = {r"\pi": ("pi",), "e": ("e",), "i": ("i",), r"\infty": ("inf",), r"\emptyset": ("set",)}
 CONSTANT[r"\mathbb{R}"] = ("span", "(", ")", ("*", MINUS, ("inf",)), ("inf",))
+STARTS = {"|", r"\frac", r"\binom", r"\sqrt", r"\lfloor", r"\lceil", *CLOSERS, *CONSTANT}
+STARTS |= ALPHABET | {"\\" + name for name in NAMES}
 
 
 def number(text: str):
-    """A numeral's tree: its value, and how many decimals it has. ValueError if it is too long."""
+    """Return a numeral's tree: its value and number of decimals. ValueError if it is too long."""
     mantissa, _, exponent = text.replace(",", "").lower().partition("e")
     if len(exponent) > 5 or abs(int(exponent or 0)) > 5000:
         raise ValueError("a long numeral")
@@ -37,43 +38,47 @@ def number(text: str):
     return "num", value, len(mantissa.partition(".")[2])
 
 
+def signed(op, tree):
+    """Return the tree of a sign before a tree."""
+    if op in (r"\pm", r"\mp"):
+        return op[1:], tree
+    negative = ("num", -tree[1], tree[2]) if tree[0] == "num" else ("*", MINUS, tree)
+    return tree if op == "+" else negative
+
+
 def join(op, a, b):
-    """The tree of a binary operator, or with a=None of a sign."""
-    if a is None and op in "+-":
-        negative = ("num", -b[1], b[2]) if b[0] == "num" else ("*", MINUS, b)
-        return b if op == "+" else negative
-    if a is None:
-        return op[1:], b  # pm or mp
+    """Return the tree of a binary operator."""
     if op in (r"\pm", r"\mp", "-"):
-        return join("+", a, join(op, None, b))
-    if op in ("/", r"\over"):
+        return join("+", a, signed(op, b))
+    if op in ("/", r"\over", r"\frac"):
         return join("*", a, ("^", b, MINUS))
-    if op == r"\choose":
+    if op in (r"\choose", r"\binom"):
         return "fn", "binom", a, b
     if op in RELATIONS:
         ops, *sides = a[1:] if a[0] == "rel" else ((), a)
-        return ("rel", (*ops, RELATIONS[op]), *sides, b)
-    if op == "*" and "matrix" in (a[0], b[0]) and a[0] != b[0]:
-        scalar, matrix = (b, a) if a[0] == "matrix" else (a, b)
-        rows = [("row", *(join("*", scalar, x) for x in row[1:])) for row in matrix[1:]]
-        return "matrix", *rows
-    if op == "and" and a[0] == b[0] == "rel" and not {*a[1], *b[1]} & {"=", "~"}:
+        return "rel", (*ops, op), *sides, b
+    if op == "*" and b[0] == "matrix" != a[0]:
+        return "matrix", *(("row", *(join("*", a, x) for x in row[1:])) for row in b[1:])
+    if op == "and" and a[0] == b[0] == "rel" and not {*a[1], *b[1]} & {"=", r"\approx"}:
         op = r"\cap"  # x > 1 and x < 2
     kind = {";": "list", ",": "list", "and": "list", ":": "ratio"}.get(op, op.lstrip("\\"))
-    return (kind, *(a[1:] if a[0] == kind else (a,)), b)
+    return kind, *(a[1:] if a[0] == kind else (a,)), b
 
 
 class Parser:
     """Recursive descent with binding levels; every recursion goes through `expression`."""
 
     def __init__(self, found: list[str]):
-        self.tokens, self.i, self.depth, self.bars, self.degree = found, 0, 0, 0, ONE
+        self.tokens = found
+        self.i = self.depth = self.bars = 0  # bars: open ones | of absolute values
+        self.degree = False  # whether a degree sign is pi/180, as in a sine
         self.measures = set()  # units that both answers must share if both name some
 
     def peek(self, ahead=0) -> str:
         return self.tokens[self.i + ahead] if self.i + ahead < len(self.tokens) else ""
 
     def take(self, *expected) -> str:
+        """Return the next token and go past it; ValueError if none of these is next."""
         token = self.peek()
         if not token or (expected and token not in expected):
             raise ValueError(f"unexpected {token!r}")
@@ -81,20 +86,18 @@ class Parser:
         return token
 
     def starts(self) -> bool:
-        """Whether the next token can be a factor, as in 2x."""
+        """Return whether the next token can be a factor, as in 2x."""
         token = self.peek()
-        atom = token in STARTS or token.isalpha() or token.startswith(r"\begin")
-        return atom and token not in LEVEL and not (token == "|" and self.bars)
+        ends = token in LEVEL or (token == "|" and self.bars)
+        return not ends and (token in STARTS or token.isalpha() or token.startswith(r"\begin"))
 
     def expression(self, level=0):
-        """A tree of all that binds at least as tightly as this level."""
+        """Return the tree of all that binds at least as tightly as this level."""
         self.depth += 1
         if self.depth > MAX_NESTING:
             raise ValueError("nested too deeply")
-        if self.peek() in ("-", "+", r"\pm", r"\mp"):
-            left = join(self.take(), None, self.expression(8))
-        else:
-            left = self.scripts(self.atom())
+        sign = self.take() if self.peek() in SIGNS else ""
+        left = signed(sign, self.expression(PREFIX)) if sign else self.scripts(self.atom())
         while True:
             op = self.peek()
             if LEVEL.get(op, -1) >= level:
@@ -103,16 +106,16 @@ class Parser:
                 left = join(op, left, self.expression(LEVEL[op] + 1))
             elif op.startswith("text:"):
                 left = self.unit(left)
-            elif level <= 7 and self.starts():
-                left = join("*", left, self.expression(8))
+            elif level < PREFIX and self.starts():
+                left = join("*", left, self.expression(PREFIX))
             else:
                 break
         self.depth -= 1
         return left
 
     def unit(self, left):
-        """A quantity without the unit that follows it, or a text with one word more."""
-        word = self.take()[5:]
+        """Return a quantity without the unit that follows it, or a text with one word more."""
+        word = self.take().removeprefix("text:")
         if left[0] == "text":
             return "text", left[1] + word
         if re.search(r"\b(?:or|and|not|\w+illions?|thousand|hundred)\b", word):
@@ -126,37 +129,36 @@ class Parser:
         return left
 
     def scripts(self, base):
-        """What stands behind an atom: powers, factorials, degrees (which count in a sine only)."""
+        """Return an atom with the powers, factorials and degrees that stand behind it."""
         while self.peek() in ("^", "**", "!", r"\deg", "%"):
             op = self.take()
-            if op in ("^", "**"):
-                base = ("^", base, self.argument())
-            elif op == "!":
-                base = ("fn", "!", base)
-            elif op == r"\deg" and self.degree is not ONE:
-                base = join("*", base, self.degree)
+            if op in ("^", "**", "!"):
+                base = ("fn", "!", base) if op == "!" else ("^", base, self.argument())
+            elif op == r"\deg" and self.degree:  # in a sine
+                base = join("*", base, DEGREE)
             else:
                 self.measures.add("percent" if op == "%" else "degree")
         return base
 
     def argument(self, digit=False):
-        """An exponent or an argument: a group, or one token (with `digit`, \\frac12 is a half)."""
+        """Return an exponent or argument: a group or a token (with `digit`, \\frac12 is a half)."""
         token = self.peek()
         if digit and token.isdigit():
-            self.tokens[self.i : self.i + 1] = [token[0], *([token[1:]] if token[1:] else [])]
+            self.tokens[self.i : self.i + 1] = token  # a token for each digit
             return number(self.take())
-        return self.group() if token == "{" else self.expression(9)
+        return self.group() if token == "{" else self.expression(PREFIX + 1)
 
     def group(self):
-        """What stands in brackets: one tree, or a set, or a span: a tuple or an interval."""
-        opener, (bars, self.bars) = self.take(), (self.bars, 0)
-        empty = opener == r"\{" and self.peek() == r"\}"
-        inner = ("list",) if empty else self.expression()
-        closer, self.bars = self.take(*CLOSERS[opener]), bars
-        items = inner[1:] if inner[0] == "list" else (inner,)
-        if (opener == r"\{" and inner[0] != "rel") or (opener == "{" and len(items) > 1):
-            return "set", *items
-        return inner if len(items) == 1 else ("span", opener, closer, *items)
+        """Return what stands in brackets: a tree, a set, or a span: a tuple or an interval."""
+        opener = self.take()
+        bars, self.bars = self.bars, 0
+        inner = ("list",) if opener + self.peek() == r"\{\}" else self.expression()
+        closer = self.take(*CLOSERS[opener].split())
+        self.bars = bars
+        members = inner[1:] if inner[0] == "list" else (inner,)
+        if (opener == r"\{" and inner[0] != "rel") or (opener == "{" and len(members) > 1):
+            return "set", *members
+        return inner if len(members) == 1 else ("span", opener, closer, *members)
 
     def atom(self):
         token = self.peek()
@@ -171,14 +173,11 @@ class Parser:
             self.bars -= token == "|"
             self.take(token.replace("l", "r", 1))
             return "fn", {"|": "abs"}.get(token, token[2:]), inner
-        if token == r"\frac":
-            return join("/", self.argument(digit=True), self.argument(digit=True))
-        if token == r"\binom":
-            return "fn", "binom", self.argument(digit=True), self.argument(digit=True)
+        if token in (r"\frac", r"\binom"):
+            return join(token, self.argument(digit=True), self.argument(digit=True))
         if token == r"\sqrt":
             index = self.group() if self.peek() == "[" else ("num", Fraction(2), 0)
-            inverse = ("num", 1 / index[1], 0) if index[0] == "num" else ("^", index, MINUS)
-            return "^", self.argument(), inverse
+            return "^", self.argument(), ("^", index, MINUS)
         if token.startswith(r"\begin"):
             return self.matrix(token)
         if token.startswith("text:"):
@@ -188,24 +187,19 @@ class Parser:
         return CONSTANT[token] if token in CONSTANT and self.peek() != "_" else self.name(token)
 
     def numeral(self, token):
-        """A number; 1\\frac{1}{2} is a mixed one, and 52_8 one in base 8."""
+        """Return a number; 1\\frac{1}{2} is a mixed one, and 52_8 one in base 8."""
         if self.peek() == "_":
             self.take()
-            base = self.argument()
-            if base[0] != "num" or not 2 <= base[1] <= 36 or len(token) > 300:
-                raise ValueError("no base")
-            value = "num", Fraction(int(token, int(base[1]))), 0
-            return value if base[1] == 10 else ("base", value, base)
-        value = number(token)
-        if self.peek() == r"\frac" and token.isdigit():
-            part = self.atom()
-            a, b = part[1], part[2][1]
-            mixed = a[0] == b[0] == "num" and 0 < a[1] < b[1] and not (a[2] or b[2])
-            return ("num", value[1] + a[1] / b[1], 0) if mixed else join("*", value, part)
-        return value
+            return "base", token.lstrip("0"), self.argument()
+        if self.peek() != r"\frac" or not token.isdigit():
+            return number(token)
+        part = self.atom()
+        top, bottom = part[1], part[2][1]  # of ("*", top, ("^", bottom, -1))
+        is_mixed = top[0] == bottom[0] == "num" and 0 < top[1] < bottom[1]
+        return join("+" if is_mixed else "*", number(token), part)
 
     def name(self, token):
-        """A variable with its index and primes, or a function of something: f(x)."""
+        """Return a variable with its index and primes, or a function of something: f(x)."""
         if not (token.isalpha() or token in ALPHABET):
             raise ValueError(f"unexpected {token!r}")
         if self.peek() == "_":
@@ -214,82 +208,83 @@ class Parser:
         while self.peek() == "'":
             token += self.take()
         if self.peek() == "(" and token[0] in "fg":
-            argument = self.group()
-            return "fn", token, *(argument[3:] if argument[0] == "span" else (argument,))
+            return "fn", token, *arguments(self.group())
         if self.peek() == "(" and self.peek(2) == ")" and self.peek(3) == "=":
             token += self.take() + self.take() + self.take()  # p(x) = ...
         return "var", token
 
     def function(self, name):
-        """\\sin^2 x, \\log_2 8, \\arctan(y): the power is the value's; 2x is one argument."""
-        power = base = None
+        """Return \\sin^2 x or \\log_2 8: the power is the value's, and 2x is one argument."""
+        scripts = {}
         while self.peek() in ("^", "_"):
-            if self.take() == "^":
-                power = self.argument()
-            else:
-                base = self.argument()
-        outer, self.degree = self.degree, DEGREE if name in TRIG else self.degree
+            mark = self.take()
+            scripts[mark] = self.argument()
+        power = scripts.pop("^", None)
+        outer, self.degree = self.degree, self.degree or name in TRIG
         closed = self.peek() in ("(", "[", "{", "|")
-        argument = self.expression(8)
+        argument = self.expression(PREFIX)
         while not closed and self.starts() and self.peek()[1:] not in NAMES:
-            argument = join("*", argument, self.expression(8))
+            argument = join("*", argument, self.expression(PREFIX))
         self.degree = outer
         if power == MINUS and name in TRIG:
             name, power = "arc" + name, None
-        arguments = argument[3:] if argument[0] == "span" else (argument,)
-        tree = ("fn", name, *arguments, *([base] if base else []))
+        tree = ("fn", name, *arguments(argument), *scripts.values())
         return ("^", tree, power) if power else tree
 
     def matrix(self, token):
+        """Return the rows up to the \\end of this \\begin."""
         if not re.match(r"\\begin\{(?:[pb]?matrix|smallmatrix|array)\}", token):
             raise ValueError(f"no matrix: {token}")
-        rows = [["row", self.expression()]]
         end = token.split("}")[0].replace("begin", "end") + "}"
-        while self.peek() != end:
-            if self.take("&", r"\\") == "&":
-                rows[-1].append(self.expression())
+        rows = [("row", self.expression())]
+        while (mark := self.take("&", r"\\", end)) != end:
+            if mark == "&":
+                rows[-1] += (self.expression(),)
             elif self.peek() != end:
-                rows.append(["row", self.expression()])
-        self.take()
-        return "matrix", *map(tuple, rows)
+                rows.append(("row", self.expression()))
+        return "matrix", *rows
+
+
+def arguments(tree):
+    """Return the arguments of a function: (x, y) are two."""
+    return tree[3:] if tree[0] == "span" else (tree,)
 
 
 def items(tree):
-    """The members of a list or a set; anything else is its only member."""
-    nested = tree[0] == "set" and len(tree) == 2 and tree[1][0] == "set"
-    return list(tree[1:]) if tree[0] in ("list", "or", "set") and not nested else [tree]
+    """Return the members of a list or a set; anything else is its only member."""
+    is_list = tree[0] in ("list", "or", "set") and not (len(tree) == 2 and tree[1][0] == "set")
+    return list(tree[1:]) if is_list else [tree]
 
 
 def spread(tree):
-    """A tree without plus-minus: with it, the list of all that it says."""
+    """Return a tree without plus-minus: with it, the list of all that it says."""
     if tree[0] in ("list", "or", "set"):
         parts = [(part, spread(part)) for part in tree[1:]]
-        return (tree[0], *(x for old, new in parts for x in ([old] if old == new else items(new))))
-    kinds = [x[0] for x in walk(tree) if x[0] in ("pm", "mp")]
-    if not kinds or len(kinds) > 3:
+        members = [[part] if said == part else items(said) for part, said in parts]
+        return tree[0], *itertools.chain(*members)
+    kinds = [part[0] for part in walk(tree) if part[0] in ("pm", "mp")]
+    if not 0 < len(kinds) < 4:
         return tree
-    free = 1 if "mp" in kinds else len(kinds)
-    choices = itertools.product((True, False), repeat=free)
+    choices = itertools.product((True, False), repeat=1 if "mp" in kinds else len(kinds))
     return ("list", *(resolve(tree, itertools.cycle(signs)) for signs in choices))
 
 
 def resolve(tree, signs):
-    """The tree with its plus-minuses read as these signs, from left to right."""
-    if not isinstance(tree, tuple):
-        return tree
+    """Return the tree with its plus-minuses read as these signs, from left to right."""
     if tree[0] in ("pm", "mp"):
         positive = next(signs) == (tree[0] == "pm")
-        return resolve(tree[1] if positive else join("-", None, tree[1]), signs)
-    return tuple(resolve(x, signs) for x in tree)
+        return resolve(tree[1] if positive else signed("-", tree[1]), signs)
+    return tuple(resolve(part, signs) if isinstance(part, tuple) else part for part in tree)
 
 
 def links(tree):
-    """A relation's or a chain's links as (operator, left side, right side)."""
-    return list(zip(tree[1], tree[2:], tree[3:], strict=False))
+    """Return a relation's links as (operator, left, right), with x > y turned into y < x."""
+    found = zip(tree[1], tree[2:], tree[3:], strict=False)
+    return [(op.replace(">", "<"), y, x) if op[0] == ">" else (op, x, y) for op, x, y in found]
 
 
 def parse(text: str):
-    """(tree, measures) of a normalised answer; ValueError if it is no mathematics."""
+    """Return (tree, measures) of a normalised answer; ValueError if it is no mathematics."""
     parser = Parser(tokens(text))
     tree = parser.expression()
     if parser.peek():

@@ -4,70 +4,74 @@ Two of them are the same if they have the same members among all their ends, bet
 """
 
 import itertools
-from fractions import Fraction
 
 from verifier.latex import links
-from verifier.values import Values, close, real, variables
+from verifier.values import MP, Values, close, variables
 
-OPERATIONS = {"cup": any, "or": any, "cap": all}
+FIRST = {"set": 1, "rel": 2, "span": 3}  # where the numbers in such a tree begin
 
 
 def is_region(tree) -> bool:
-    """Whether a tree is a set of reals that `contains` knows; a point (1,2) also reads as one."""
-    if tree[0] in (*OPERATIONS, "setminus"):
-        return all(is_region(x) for x in tree[1:])
-    if tree[0] == "rel":
-        sides = [bool(variables(x)) for x in tree[2:]]
-        alone = all((x[0] == "var") != (y[0] == "var") for _, x, y in links(tree))
-        return sum(sides) == 1 and alone and not set(tree[1]) & {"=", "in", "~"}
-    interval = tree[0] == "span" and len(tree) == 5 and tree[1] in "([" and tree[2] in ")]"
-    return interval or (tree[0] == "set" and len(tree) > 1)
+    """Return whether a tree can be a set of reals; a point (1,2) looks like one."""
+    kind, *parts = tree
+    if kind in ("cup", "or", "cap", "setminus"):
+        return all(map(is_region, parts))
+    if kind == "span":
+        return len(parts) == 4 and parts[0] != r"\langle"
+    if kind != "rel":
+        return kind == "set" and len(parts) > 0
+    # An inequality bounds one letter: x != 3, or 1 < x < 2, but not 1 < 2 < x.
+    shape = [side[0] if variables(side) else "" for side in parts[1:]]
+    bounds = shape in (["var", ""], ["", "var"], ["", "var", ""])
+    return bounds and not set(parts[0]) & {"=", r"\in", r"\approx"}
 
 
 def same_region(a, b, values: Values) -> bool:
-    """Equality of two trees for which is_region holds; ValueError if an end is no real number.
-
-    The empty set is equal to none: as an interval a gold point (5,3) would be empty, too.
-    """
+    """Return whether two regions are equal; ValueError if an end is no real number. The empty set
+    is equal to none: as an interval a gold point (5,3) would be empty, too."""
     if len(variables(a) | variables(b)) > 1:
         return False
     values.spend(3000)
-    finite = sorted(x for x in ends(a, values) + ends(b, values) if abs(x) < float("inf"))
-    finite = [finite[0] - 1, *finite, finite[-1] + 1] if finite else [real(Fraction(0))]
-    probes = finite + [(x + y) / 2 for x, y in itertools.pairwise(finite)]
-    inside = [contains(b, x, values) for x in probes]
-    return any(inside) and inside == [contains(a, x, values) for x in probes]
+    # Probe all ends, one number between each two of them, and one beyond on either side.
+    finite = filter(MP.isfinite, ends(a, values) + ends(b, values))
+    found = sorted([MP.zero, *finite])
+    probes = [found[0] - 1, *found, found[-1] + 1]
+    probes += [(low + high) / 2 for low, high in itertools.pairwise(probes)]
+    inside_b = [contains(b, x, values) for x in probes]
+    inside_a = [contains(a, x, values) for x in probes]
+    return any(inside_b) and inside_a == inside_b
 
 
 def ends(tree, values) -> list:
-    """All numbers at which a region may begin or end."""
-    parts = [x for x in tree[1:] if not isinstance(x, str)]
-    if tree[0] in ("set", "span"):
-        return [values.number(x) for x in parts]
-    if tree[0] == "rel":
-        return [values.number(x) for x in tree[2:] if x[0] != "var"]
-    return [end for x in parts for end in ends(x, values)]
+    """Return all numbers at which a region may begin or end."""
+    if tree[0] in FIRST:
+        sides = tree[FIRST[tree[0]] :]
+        return [values.number(side) for side in sides if side[0] != "var"]
+    return [end for part in tree[1:] for end in ends(part, values)]
 
 
 def contains(tree, x, values) -> bool:
-    """Whether the real number x is in a region."""
+    """Return whether the real number x is in a region."""
     kind, *parts = tree
     if kind == "set":
-        return any(close(values.number(y), x) for y in parts)
+        return any(close(values.number(member), x) for member in parts)
     if kind == "span":
-        low, high = ("<=" if bracket in "[]" else "<" for bracket in parts[:2])
-        return holds(low, values.number(parts[2]), x) and holds(high, x, values.number(parts[3]))
+        opener, closer, low, high = parts
+        if not holds("<=" if opener == "[" else "<", values.number(low), x):
+            return False
+        return holds("<=" if closer == "]" else "<", x, values.number(high))
     if kind == "rel":
-        sides = [x if side[0] == "var" else values.number(side) for side in tree[2:]]
-        return all(holds(op, *pair) for op, *pair in links((kind, tree[1], *sides)))
-    first, *others = [contains(part, x, values) for part in parts]
+        sides = [x if side[0] == "var" else values.number(side) for side in parts[1:]]
+        steps = links((kind, parts[0], *sides))
+        return all(holds(*step) for step in steps)
+    inside = [contains(part, x, values) for part in parts]
     if kind == "setminus":
-        return first and not any(others)
-    return OPERATIONS[kind]([first, *others])
+        return inside[0] and not any(inside[1:])
+    return all(inside) if kind == "cap" else any(inside)
 
 
 def holds(op, x, y) -> bool:
-    """x op y for real numbers."""
+    """Return whether x < y, x <= y or x != y for real numbers."""
     if close(x, y):
-        return op in ("<=", ">=")
-    return op == "!=" or (x < y) == (op[0] == "<")
+        return op == "<="
+    return op == "!=" or x < y

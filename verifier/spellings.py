@@ -3,100 +3,53 @@
 Tables, flat regular expressions and plain loops, all linear in the text: nothing here has a value.
 """
 
+import functools
 import re
 import unicodedata
 
-CHARACTERS = {
-    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "⋅": r"\cdot ",
-    "·": r"\cdot ", "∙": r"\cdot ", "•": r"\cdot ", "∗": "*", "÷": "/", "⁄": "/", "∕": "/",
-    "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ",
-    "∅": r"\emptyset ", "°": r"^\circ ", "º": r"^\circ ", "√": r"\sqrt ", "∛": r"\sqrt[3]",
-    "±": r"\pm ", "∓": r"\mp ", "≤": r"\leq ", "⩽": r"\leq ", "≥": r"\geq ", "⩾": r"\geq ",
-    "≠": r"\neq ", "≈": r"\approx ", "∈": r"\in ", "ℝ": r"\mathbb{R}", "′": "'", "’": "'",
-    "⁰": "^{0}", "¹": "^{1}", "²": "^{2}", "³": "^{3}", "⁴": "^{4}", "⁵": "^{5}", "⁶": "^{6}",
-    "⁷": "^{7}", "⁸": "^{8}", "⁹": "^{9}", "ⁿ": "^{n}", "₀": "_{0}", "₁": "_{1}", "₂": "_{2}",
-    "₃": "_{3}", "₄": "_{4}", "₅": "_{5}", "₆": "_{6}", "₇": "_{7}", "₈": "_{8}", "₉": "_{9}",
-    "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}", "⅕": r"\frac{1}{5}", "⅙": r"\frac{1}{6}", "⅛": r"\frac{1}{8}",
-    "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ",
-    "φ": r"\phi ", "ω": r"\omega ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
-    "⌉": r"\rceil ", "⟨": r"\langle ", "⟩": r"\rangle ", "\u00a0": " ", "\u2009": " ",
-    "\u202f": " ", "\u200b": "", "\ufeff": "", "€": "", "£": "", "¢": "", "。": ".", "，": ",",
-}  # fmt: skip
 
-# Macros that say nothing, that say a space, and fonts, which say no more than \text does.
-SILENT = r"""\! \$ \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \Biggl
-\Biggr \bigm \middle \displaystyle \textstyle \scriptstyle \limits \nolimits \boxed \fbox \bm \pmb
-\boldsymbol \ensuremath \mathbf \mathit \mathcal \mathsf \vec \overrightarrow \hat \pounds \euro
-\textdollar \( \) \[ \] \rm \bf \it \large \Large \strut \noindent \cancel \mathord \hline \#"""
-SPACES = r"\, \; \: \> ~ \quad \qquad \thinspace \enspace \hfill \tab"
-FONTS = r"""\textbf \textit \textrm \textnormal \textsf \texttt \textsc \textup \mbox \hbox \emph
-\mathrm \mathop \operatorname \underline \colorbox"""
-MACROS = dict.fromkeys(SILENT.split(), "") | dict.fromkeys([*SPACES.split(), "\\ "], " ")
-MACROS |= dict.fromkeys(FONTS.split(), r"\text") | {
-    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\dbinom": r"\binom",
-    r"\nicefrac": r"\frac",
-    r"\tbinom": r"\binom", r"\le": r"\leq", r"\leqslant": r"\leq", r"\ge": r"\geq",
-    r"\geqslant": r"\geq", r"\ne": r"\neq", r"\lt": "<", r"\gt": ">", r"\lvert": "|",
-    r"\rvert": "|", r"\vert": "|", r"\|": "|", r"\mid": "|", r"\lbrace": r"\{", r"\rbrace": r"\}",
-    r"\lbrack": "[", r"\rbrack": "]", r"\lparen": "(", r"\rparen": ")", r"\cdot": "*",
-    r"\times": "*", r"\ast": "*", r"\div": "/", r"\colon": ":", r"\degree": r"\deg ",
-    r"\textdegree": r"\deg ", r"\varnothing": r"\emptyset", r"\backslash": r"\setminus",
-    r"\smallsetminus": r"\setminus", r"\bigcup": r"\cup", r"\bigcap": r"\cap", r"\dots": r"\ldots",
-    r"\cdots": r"\ldots", r"\dotsc": r"\ldots", r"\simeq": r"\approx", r"\thickapprox": r"\approx",
-    r"\land": r"\text{and}", r"\lor": r"\text{or}", r"\wedge": r"\text{and}",
-    r"\vee": r"\text{or}", r"\R": r"\mathbb{R}", r"\%": "%", r"\prime": "'", r"\bar": r"\overline",
-    r"\varphi": r"\phi", r"\varepsilon": r"\epsilon", r"\newline": r"\\", r"\cr": r"\\",
-    r"\tg": r"\tan", r"\ctg": r"\cot", r"\arctg": r"\arctan", r"\lg": r"\log", r"\&": "&",
-}  # fmt: skip
+def table(text: str) -> dict[str, str]:
+    """Return {word: first word of its group}; commas part the groups."""
+    groups = [group.split() for group in text.split(",")]
+    return {word: group[0] for group in groups for word in group}
 
-LETTERS = r"""\alpha \beta \gamma \delta \epsilon \zeta \eta \theta \vartheta \iota \kappa \lambda
-\mu \nu \xi \rho \sigma \tau \upsilon \phi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Xi \Pi
-\Sigma \Phi \Psi \Omega \ell \hbar \triangle \angle \square \circ \star \heartsuit \spadesuit
-\clubsuit \diamondsuit \bullet"""
-ALPHABET = set(LETTERS.split())
 
-NUMERALS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
-fifteen sixteen seventeen eighteen nineteen twenty"""
+compatible = functools.partial(unicodedata.normalize, "NFKC")  # 2 for ², 1⁄2 for ½
+SIGNS = table(r"""- − – — ‑, \times ×, \cdot · ⋅, * ∗, / ÷, \pi π, \infty ∞, \cup ∪, \cap ∩, ' ′ ’,
+\setminus ∖, \emptyset ∅, ^\circ ° º, \sqrt √, \pm ±, \leq ≤ ⩽, \geq ≥ ⩾, \neq ≠, \approx ≈, \in ∈,
+\mathbb{R} ℝ, \theta θ, \alpha α, \beta β, \phi φ, \lfloor ⌊, \rfloor ⌋, \lceil ⌈, \rceil ⌉""")
+CHARACTERS = {c: macro + " " * (len(macro) > 1) for c, macro in SIGNS.items() if len(c) == 1}
+CHARACTERS |= {c: f"^{{{compatible(c)}}}" for c in "⁰¹²³⁴⁵⁶⁷⁸⁹ⁿ"}
+CHARACTERS |= {c: f"_{{{compatible(c)}}}" for c in "₀₁₂₃₄₅₆₇₈₉"}
+CHARACTERS |= {c: rf"\frac{{{compatible(c).replace('⁄', '}{')}}}" for c in "½⅓⅔¼¾⅕⅙⅛"}
+CHARACTERS = str.maketrans(CHARACTERS | dict.fromkeys("€£\u200b\ufeff", ""))
+# Macros that say nothing, that say a space, and that say what another one does; fonts are \text.
+SILENT = r"""\! \$ \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \middle \displaystyle
+\limits \boxed \fbox \boldsymbol \mathbf \bm \textstyle \vec \hat \( \) \[ \] \Large \cancel"""
+MACROS = dict.fromkeys(SILENT.split(), "")
+MACROS |= dict.fromkeys([r"\,", r"\;", r"\:", "\\ ", "~", r"\quad", r"\qquad"], " ")
+MACROS |= table(r"""\text \textbf \textit \textrm \textnormal \mbox \emph \mathrm \operatorname,
+\frac \dfrac \tfrac \cfrac \nicefrac, \binom \dbinom \tbinom, <= \leq \le \leqslant, < \lt, > \gt,
+>= \geq \ge \geqslant, != \neq \ne, | \lvert \rvert \vert \mid, \{ \lbrace, \} \rbrace, / \div,
+* \cdot \times \ast, : \colon, \deg \degree, \emptyset \varnothing, \setminus \backslash, % \%,
+\ldots \dots \cdots, \text{and} \land \wedge, \text{or} \lor \vee, ' \prime, \overline \bar""")
+LETTERS = """alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi psi omega ell
+Gamma Delta Sigma Phi Psi Omega triangle angle circ"""
+ALPHABET = {"\\" + name for name in LETTERS.split()}
+NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve"
 PHRASES = {word: str(n) for n, word in enumerate(NUMERALS.split())}
 PHRASES |= dict.fromkeys(["all real numbers", "all reals", "real numbers"], r"\mathbb{R}")
-
 # Units that contradict each other if both sides name one; all others are read over.
-MEASURES = {
-    "m": "m meter meters metre metres", "cm": "cm centimeter centimeters centimetre centimetres",
-    "mm": "mm millimeter millimeters", "km": "km kilometer kilometers kilometre kilometres",
-    "ft": "ft foot feet", "in": "in inch inches", "yd": "yd yard yards", "mi": "mi mile miles",
-    "s": "s sec secs second seconds", "min": "min mins minute minutes", "h": "h hr hrs hour hours",
-    "day": "day days", "week": "week weeks", "month": "month months", "year": "year years yr yrs",
-    "lb": "lb lbs pound pounds", "oz": "oz ounce ounces", "kg": "kg kilogram kilograms",
-    "g": "g gram grams", "dollar": "dollar dollars usd", "cent": "cent cents",
-    "euro": "euro euros", "l": "l liter liters litre litres", "ml": "ml milliliter milliliters",
-    "gal": "gal gallon gallons", "degree": "degree degrees deg", "rad": "rad radian radians",
-    "mph": "mph", "kph": "kph kmh", "am": "am", "pm": "pm", "acre": "acre acres",
-    "percent": "percent percentage",
-}  # fmt: skip
-MEASURE = {word: unit for unit, words in MEASURES.items() for word in words.split()}
-
-# What else is counted: words behind a number that no product of variables spells.
-NOUNS = """sq cu per percent percentage square cubic unit units way ways people person persons
-student students integer integers value values multiple multiples bag bags ball balls book books box
-boxes card cards child children coin coins dog dogs egg eggs hat hats kid kids man men number
-numbers page pages pair pairs piece pieces point points term terms time times toy toys tree trees
-triangle triangles woman women apple apples meal meals vote votes solution solutions digit digits
-root roots cup cups game games quart quarts pint pints th st nd rd dozen factor factors divisor
-divisors outcome outcomes subset subsets element elements edge edges face faces line lines step
-steps ticket tickets"""
-NOUNS = set(NOUNS.split()) | set(MEASURE) - {"m", "s", "h", "g", "l", "in"}
-
+UNITS = table("""m meter, cm centimeter, mm millimeter, km kilometer, ft foot feet, in inch inches,
+yard, mi mile, s sec second, min minute, h hr hour, day, week, month, year yr, lb lbs pound,
+oz ounce, kg kilogram, g gram, dollar, cent, euro, l liter, gallon, degree, mph, am, pm, percent""")
+MEASURE = UNITS | {word + "s": unit for word, unit in UNITS.items() if len(word) > 2}
+# Words behind a number that no product of variables spells.
+NOUNS = {"sq", "cu", "per", "way"} | set(MEASURE) - {"m", "s", "h", "g", "l", "in"}
 # What is typed without a backslash.
-ASCII = """sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt pi max min
-gcd lcm theta infty frac"""
-ASCII = {word: "\\" + word for word in ASCII.split()}
-ASCII |= {"infinity": r"\infty", "inf": r"\infty", "oo": r"\infty", "asin": r"\arcsin"}
-ASCII |= {"acos": r"\arccos", "atan": r"\arctan"}
-
+ASCII = "sin cos tan cot sec csc arcsin arccos arctan log ln exp sqrt pi max min gcd lcm theta frac"
+ASCII = {word: "\\" + word for word in ASCII.split()} | table(r"\infty infty infinity inf oo")
 MAX_TOKENS = 500
-MACRO = re.compile(r"\\(?:[A-Za-z]+|.)|~", re.DOTALL)
 NUMBER = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
 TOKEN = re.compile(
     rf"\\begin\{{[a-z]*\}}(?:\{{[lcr| ]*\}})?|\\end\{{[a-z]*\}}|(?:{NUMBER})(?:[eE][+-]?[0-9]+)?"
@@ -105,24 +58,21 @@ TOKEN = re.compile(
 
 
 def repeating(match) -> str:
-    """0.1\\overline{6} as the sum (0.1+6/90)."""
+    """Return 0.1\\overline{6} as the sum (0.1+6/90)."""
     whole, digits, block = match.groups()
     return f"({whole}{digits}+{block}/{'9' * len(block)}{'0' * len(digits)})"
 
 
-REWRITES = [  # in this order, before the macros are replaced and after
+REWRITES = [  # in this order
     (r"(?<=[0-9])\s*(?:\{,\}|,\\!)\s*(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}000 and 1,\!000
     (r"\\(?:left|right)\s*\.|\\phantom\s*(?:\{[^{}]*\}|.)", ""),
     (r"\\math(?:rm|bf|it|sf)\s*\{\s*([A-Za-z])\s*\}", r" \1 "),  # e and i, not the unit m
-    (r"\\mathbb\s*R\b", r"\\mathbb{R}"),
     (r"\\mathbb\s*\{([A-QS-Z])\}|\\overline\s*\{([A-Z]{2})\}", r"\1\2"),  # P(A), a segment
     (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-z])", r"\\deg "),
     (r"\.\.\.", r"\\ldots "),
     (r"(\\\\)\s*\[\s*[0-9.]+\s*(?:pt|ex|em|mm|cm)\s*\]", r"\1"),  # a row's distance
-    (r"\b([AaPp])\.\s?([Mm])\b\.?", r"\1\2"),
-]
-LATER = [
-    (r"\\text\s+\{", r"\\text{"),
+    (r"(?s)\\(?:[A-Za-z]+|.)|~", lambda m: MACROS.get(m[0], m[0])),
+    (r"\$|^[\s,;]+|[\s.,;]+$", ""),
     (r"\s+", " "),
     (r"^ ?\{((?:[^{}]|\{[^{}]*\})*)\}$", r"\1"),
     (r"(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9.,])", lambda m: m[0].replace(" ", "")),
@@ -134,54 +84,46 @@ LATER = [
     (r"^\*+|\*+$", ""),
     (r"^(?:\\approx|\\therefore|\\Rightarrow|:|=) ?|[ .,;]+(?=\}*$)", ""),
     (r"\\\{ ?[a-z] ?(?:\\in ?\\mathbb\{R\} ?)?[:|]", r"\\{"),  # {x : x > 0}
+    (r"^(?:\\text\{|\()?(-?[0-9A-Z]+)[)}]*_(?:[ {]|\\text)*([0-9]+)[ }]*$", r"\1_\2"),  # F_{16}
+    (r"(?<=[0-9])_10$", ""),
 ]
-REWRITES, LATER = ([(re.compile(old), new) for old, new in rules] for rules in (REWRITES, LATER))
-CHARACTERS = str.maketrans(CHARACTERS)
-# Answers that are no formula: 1A_{12}; \text{(C)} or C; and "(C) 5", "C. 5", but not "(C) or (D)".
-BASED = re.compile(r"(-?)\(?(?:\\text\{)?([0-9A-Z]+)\}?\)?_ ?\{? ?(?:\\text\{)?([0-9]+)\}? ?\}?")
+REWRITES = [(re.compile(old), new) for old, new in REWRITES]
+# Answers that are no formula: \text{(C)} or C; and "(C) 5", "C. 5", but not "(C) or (D)".
 CHOICE = re.compile(r"(?:\\text ?)?\{? ?\(?([A-Z])\)? ?\}?")
 REST = r"(?!.*(?:\b[A-Z]\b|\bor\b|\band\b|=)).*"
 CHOSEN = re.compile(
-    r"(?i:option |choice )?(?:\\text ?)?\{? ?(?i:option |choice )?(?:\(?([A-Za-z])\)?[.:]? ?\}?"
-    rf"|\(([A-Z])\){REST}|([A-Z])[.:]{REST})",
-    re.DOTALL,
+    r"(?s)(?:\\text|[ {]|(?i:option|choice))*"
+    rf"(?:\(?([A-Za-z])\)?[.:]? ?\}}?|\(([A-Z])\){REST}|([A-Z])[.:]{REST})"
 )
 
 
 def plain(text: str) -> str:
-    """A text without its marks and without spaces, but for those between two numbers."""
+    """Return a text without its marks, and spaces only between two numbers."""
     text = re.sub(r"\\text|[{}\"]|\.(?![0-9])", "", text)
     return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)
 
 
 def normalise(answer: str) -> str:
-    """One spelling for what LaTeX, Unicode and prose spell in many; all that has a value stays."""
-    answer = unicodedata.normalize("NFKC", answer.translate(CHARACTERS))
+    """Return one spelling of what LaTeX, Unicode and prose spell in many; no value changes."""
+    answer = compatible(answer.translate(CHARACTERS))
     for old, new in REWRITES:
-        answer = old.sub(new, answer)
-    answer = MACRO.sub(lambda m: MACROS.get(m[0], m[0]), answer).replace("$", "")
-    answer = answer.strip(" \n\t,;").rstrip(" .,;")
-    for old, new in LATER:
         answer = old.sub(new, answer)
     return answer.strip(" ,;").rstrip(".")
 
 
 def tokens(text: str) -> list[str]:
-    """The tokens of a normalised answer; words that say no number, sign or name are `text:...`.
-
-    ValueError if there are more than MAX_TOKENS.
-    """
-    found, depth = [], 0
+    """Return a normalised answer's tokens; words that say no number, sign or name are `text:...`.
+    ValueError if there are more than MAX_TOKENS."""
+    found = []
+    depth = 0  # of open brackets
     for match in TOKEN.finditer(text):
         token = match[0]
-        if token == r"\text":  # around a formula
-            continue
         depth += (token in ("(", "[", r"\{")) - (token in (")", "]", r"\}"))
         if token[0].isalpha() or token.startswith(r"\text{"):
-            found += words(token, text[match.start() - 1 : match.start()], bool(found))
+            found += words(token, text[match.start() - 1 : match.start()], trails=bool(found))
         elif token[0].isdigit() and "," in token:  # thousands; but in (1,234) two coordinates
             found += re.split("(,)", token) if depth else [token.replace(",", "")]
-        else:
+        elif token != r"\text":  # around a formula
             found.append(token)
         if len(found) > MAX_TOKENS:
             raise ValueError("too many tokens")
@@ -189,25 +131,26 @@ def tokens(text: str) -> list[str]:
 
 
 def words(token: str, before: str, trails: bool) -> list[str]:
-    """What a run of letters or a \\text{} says: and, or, \\sin, a unit, a name, or its letters.
-
-    `before` is the character before it; `trails`: whether anything stands before it.
-    """
+    """Return what letters or a \\text{} say: and, or, \\sin, a unit, a name, or single letters.
+    `before` is the character before it; `trails`: whether any token stands before it."""
     quoted = token.startswith("\\")
     word = token[6:-1].strip() if quoted else token
-    bare, runs = word.strip(" .,;:").casefold(), re.findall("[A-Za-z]+", word)
+    bare = word.strip(" .,;:").casefold()
     if bare in ("and", "or"):
         return [bare]
+    # 1. A formula in \text{}, or single letters: those behind a number are a unit.
+    runs = re.findall("[A-Za-z]+", word)
     is_formula = word[:1].isdigit() or re.search("[=+^*<>]", word)
-    single = all(len(run) < 2 or run in ("and", "or") for run in runs)
-    if quoted and (is_formula or single):
+    if quoted and (is_formula or all(len(run) < 2 or run in ("and", "or") for run in runs)):
         is_unit = trails and bare.isalpha() and before not in ",;(="
         return ["text:" + bare] if is_unit else tokens(word)
+    # 2. What has a name in mathematics.
     if bare in PHRASES and not trails:
         return [PHRASES[bare]]
     if not quoted and bare in ASCII and (bare != "min" or not trails):  # 10 min is a time
         return [ASCII[bare]]
-    is_word = bare in NOUNS or (len(word) > 3 and list(bare) != sorted(set(bare)))
-    if quoted or (is_word and (not trails or bare in NOUNS or before == " ")):
+    # 3. A word, a segment AB, or a product xy.
+    is_word = len(word) > 3 and list(bare) != sorted(set(bare)) and (not trails or before == " ")
+    if quoted or is_word or bare in NOUNS:
         return ["text:" + bare]
-    return [word] if word.isupper() else list(word)  # AB is a segment, xy a product
+    return [word] if word.isupper() else list(word)

@@ -1,7 +1,4 @@
-"""Show what every credit rule pays the same completions: on the screen, as a page, as a figure.
-
-    python -m view runs/NAME     # the samples that a run has kept, step by step
-    python -m view               # completions of test problems, sampled now
+"""Show what every rule pays the completions that a run kept: screen, credit.html, credit.png.
 
 A sample is a dict as run.folder.sample_rows makes it; a group is what draw.py shows of a problem.
 """
@@ -13,11 +10,7 @@ from pathlib import Path
 
 import torch
 
-import grpo
 from credit import effective_token_ratio, gini
-from data.problems import add_prompts, load_problems, problems_of_step
-from run.flags import add_flags, flag_name, load_base
-from run.folder import sample_rows
 from run.metrics import CLASSES, rank_correlation, token_classes
 from system.errors import UserError, printable, run_cli
 from system.files import read_rows
@@ -35,19 +28,6 @@ def read_samples(folder) -> list[dict]:
         if not sample.keys() >= set(keys.split()):
             raise UserError(f"{path}, line {number} is not a sample of this train.py: run it again")
     return samples
-
-
-def draw_samples(cfg) -> list[dict]:
-    """Sample completions of test problems; return what a run would keep, of all of them."""
-    print(f"adapter: {cfg.adapter or 'none; for the base model ARCA and divergence vanish'}")
-    model, tokenizer = load_base(cfg)
-    every = load_problems(cfg.data, "test")
-    problems = problems_of_step(every, min(cfg.problems, len(every)), cfg.seed, step=1)
-    problems = [add_prompts(problem, tokenizer, cfg.chat) for problem in problems]
-    rollout = grpo.sample_rollout(model, tokenizer, problems, cfg, step=0, compare=True)
-    advantages = grpo.group_advantages(rollout.rewards).flatten()  # (B,)
-    signals = grpo.measure_signals(model, rollout, advantages, cfg)
-    return list(sample_rows(rollout, range(len(advantages)), signals, cfg, tokenizer))
 
 
 def clean(text):
@@ -90,11 +70,10 @@ def rule_statistics(sample) -> dict:
 def make_group(samples) -> dict:
     """Return the completions of a problem, and the means of their statistics."""
     statistics = [rule_statistics(sample) for sample in samples]
-    group = {"step": samples[0].get("step")}  # None if they were sampled now
+    group = {"step": samples[0]["step"]}
     group["problem"] = clean(" ".join(samples[0]["problem"].split()))
     group["gold"] = clean(samples[0]["gold"])
-    step = "" if group["step"] is None else f"step {group['step']}: "
-    group["title"] = f"{step}{group['problem']}  (gold {group['gold']})"
+    group["title"] = f"step {group['step']}: {group['problem']}  (gold {group['gold']})"
     group["completions"] = []
     for sample, own in zip(samples, statistics, strict=True):
         shown = {key: sample[key] for key in ("reward", "advantage", "logp", "entropy", "residual")}
@@ -109,53 +88,31 @@ def make_group(samples) -> dict:
 
 def make_groups(samples) -> list[dict]:
     """Return the groups of samples; those of a group come one after the other."""
-    groups = groupby(samples, key=lambda sample: (sample.get("step"), sample["problem"]))
+    groups = groupby(samples, key=lambda sample: (sample["step"], sample["problem"]))
     return [make_group(list(group)) for _, group in groups]
 
 
-def parse_flags():
-    parser = argparse.ArgumentParser(prog="python -m view", description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", default="", help="a run folder: show what it has kept")
-    flags = {
-        "problems": (3, "test problems to sample"),
-        "samples": (4, "completions a problem"),
-        "max_new_tokens": (128, "longer completions are cut off"),
-        "temperature": (1.0, "of sampling, and of the policy that is measured"),
-        "sharpening": (1.0, "1 or 2: of screen and figure; the page shows both"),
-        "out": (".", "folder for credit.html and credit.png"),
-    }
-    add_flags(parser, flags)
-    # grpo.py reads more settings of train.py than these flags are.
-    rest = dict(credit="arca", aggregate="seq", top_p=1.0, kl_coef=0.0, micro_batch_tokens=2048)
-    cfg = parser.parse_args(namespace=argparse.Namespace(**rest))
-    if cfg.sharpening not in (1, 2):
-        raise UserError(f"--sharpening {cfg.sharpening:g}: the view has 1 and 2")
-    if cfg.samples < 2:
-        raise UserError("credit is relative to other completions: use --samples 2 or more")
-    for name in ("problems", "max_new_tokens", "temperature"):
-        if not 0 < getattr(cfg, name) < math.inf:
-            raise UserError(f"{flag_name(name)} {getattr(cfg, name)} is not positive")
-    return cfg
-
-
 def main():
-    cfg = parse_flags()
-    samples = read_samples(cfg.run) if cfg.run else draw_samples(cfg)
+    parser = argparse.ArgumentParser(prog="python -m view", description=__doc__.splitlines()[0])
+    parser.add_argument("run", help="the folder of a run")
+    parser.add_argument("--sharpening", type=int, default=1, help="1 or 2: of screen and figure")
+    parser.add_argument("--out", default=".", help="folder for credit.html and credit.png")
+    cfg = parser.parse_args()
+    if cfg.sharpening not in (1, 2):
+        raise UserError(f"--sharpening {cfg.sharpening}: the view has 1 and 2")
+    samples = read_samples(cfg.run)
     # Rules that all samples have: a run that was resumed may have got another one on the way.
     names = [name for name in samples[0]["rules"] if all(name in x["rules"] for x in samples)]
     for sample in samples:
         sample["rules"] = {name: sample["rules"][name] for name in names}
     groups = make_groups(samples)
-    power = int(cfg.sharpening)
-    own = samples[-1]["credit"] if cfg.run else ""  # the rule that a run trained with
-    title = f"{Path(cfg.model).name}, {cfg.adapter or 'base model'}"
-    if cfg.run:
-        title = f"run {Path(cfg.run).resolve().name}"
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "credit.html").write_text(page(groups, names, power, own, title), encoding="utf-8")
-    drawn = figure(groups, names, power, out / "credit.png")
-    show(groups, names, power)
+    title = f"run {Path(cfg.run).resolve().name}"
+    html = page(groups, names, cfg.sharpening, samples[-1]["credit"], title)
+    (out / "credit.html").write_text(html, encoding="utf-8")
+    drawn = figure(groups, names, cfg.sharpening, out / "credit.png")
+    show(groups, names, cfg.sharpening)
     print(f"\npage: {out / 'credit.html'}")
     print(f"figure: {out / 'credit.png'}" if drawn else "no figure: pip install matplotlib for it")
 
