@@ -1,11 +1,9 @@
 """Answers: found in a completion, compared with the gold answer, counted.
 
-    python eval_math.py                                # evaluate the embedded model
-    python eval_math.py --adapter runs/NAME/adapter    # ... as a run has trained it
+    python eval_math.py --adapter runs/NAME/adapter    # without it: the embedded model
 
 Model output is hostile input, so nothing in verifier/ evaluates text: it parses an answer to a tree
-of bounded depth and bounds each number before it is computed. What is too large is opaque: it
-equals only what reads the same. `verify` is a pure function that never raises.
+of bounded depth and bounds each number before it is computed.
 """
 
 import argparse
@@ -30,9 +28,8 @@ def verify(completion: str, gold: str, strict=True) -> bool:
     A pure function that never raises. As in MATH, a percent, currency or degree sign, a unit and
     `x =` may be left out or added, but not contradicted (5 m is not 5 cm, x = 5 not y = 5). Lists
     and sets have no order, tuples do; brackets, bases and strict inequality count. A decimal and an
-    exact number are equal only if their values are: 0.5 is 1/2, and 0.333 is not 1/3. But where the
-    gold answer is a decimal of at least three digits, an irrational number that rounds to it is
-    right.
+    exact number are equal only if their values are: 0.5 is 1/2, and 0.333 is not 1/3. But an
+    irrational number may round to a gold decimal of at least three digits.
     """
     try:
         answer = extract_answer(str(completion), strict)
@@ -42,7 +39,7 @@ def verify(completion: str, gold: str, strict=True) -> bool:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return P(at least one of k samples is right), unbiased, from c right ones among n
+    """Return the unbiased P(at least one of k samples is right) from c right ones among n
     (arXiv 2107.03374, eq. 1). ValueError unless 0 <= c <= n and 1 <= k <= n."""
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"no pass@{k} from {c} right of {n}")
@@ -111,7 +108,7 @@ def evaluate(
 
 
 def evaluate_problems(cfg) -> list[dict]:
-    """Evaluate the model that the flags name on their problems; print the rates."""
+    """Evaluate the model of the flags on their problems; print the rates and return the rows."""
     model, tokenizer = load_base(cfg)
     problems = load_problems(cfg.data, "test")[: max(1, cfg.problems)]
     prompts = [tokenizer.encode(prompt_text(p["problem"], cfg.chat)) for p in problems]

@@ -143,11 +143,9 @@ def make_batch(rollout: Rollout, rows, device, prompt="prompt") -> Batch:
 
 
 def pad_rows(prompts, group, targets, lengths, device):
-    """Lay out each completion behind its own copy of its prompt, prompts[group[i]], right-padded.
-
+    """Lay out each completion after its own copy of its prompt, prompts[group[i]], right-padded.
     Returns ids (b, S), the flat place in ids that predicts each token (b, T), and None: rows need
-    nothing but causal attention. fast/packing.py's `pack` reads a prompt once, without padding.
-    """
+    nothing but causal attention. fast/packing.py's `pack` reads a prompt once, without padding."""
     begins = [prompts[i] for i in group.tolist()]
     rows = [torch.cat([x, y[: n - 1]]) for x, y, n in zip(begins, targets, lengths, strict=True)]
     ids = pad_sequence(rows, batch_first=True)  # (b, S)

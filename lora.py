@@ -2,8 +2,7 @@
 
 The layer keeps the two terms apart, so one set of weights is two models: the adapted one and, under
 `adapter_off(model)`, the base one, bit for bit. ARCA's residual, the policy divergence and the KL
-penalty all turn that switch. No reference model is copied. This file imports nothing of ours and
-can be copied out alone; hf/peft.py reads and writes adapters in PEFT's format.
+penalty all turn that switch. This file imports nothing of ours and can be copied out alone.
 """
 
 import math
@@ -51,8 +50,7 @@ def lora_parameters(model) -> dict[str, nn.Parameter]:
 
 def linear_layers(model) -> list[str]:
     """Return the names of the layers that can be adapted: all linear ones but the head."""
-    modules = model.named_modules()
-    return [name for name, m in modules if isinstance(m, nn.Linear) and "layers." in name]
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers." in n]
 
 
 def attach(model, names, rank, alpha):

@@ -180,10 +180,8 @@ class Qwen3(nn.Module):
 
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.model.layers):
-            if recompute:
-                x = checkpoint(block, x, rope, cache, layer, use_reentrant=False)
-            else:
-                x = block(x, rope, cache, layer)
+            args = (x, rope, cache, layer)
+            x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         # A small ARCA residual would drown in one more rounding to bf16: the last norm stays fp32.
         return self.model.norm(x.float())
 
@@ -239,8 +237,8 @@ class KVCache:
         return attention(q, k, v, self.mask)
 
     def copy_rows(self, source, rows, first=0):
-        """Copy these rows of a cache (it may be this one) to the rows from `first` on; rows after
-        them are no longer in use. The tensors stay where they are in memory."""
+        """Copy these rows of a cache, which may be this one, to the rows from `first` on. Rows
+        after them are no longer in use. The tensors stay where they are in memory."""
         end = first + len(rows)
         S = source.filled
         self.k[:, first:end, :, :S] = source.k[:, rows, :, :S]

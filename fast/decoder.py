@@ -16,11 +16,9 @@ MAX_MERGED = 2**24  # parameters up to which the sampler keeps a copy of the wei
 
 
 def kept_decoder(model, rows, columns):
-    """Return the model's decoder, ready for an empty pool, with at least this much room.
-
-    It is kept on the model between calls for its stacked weights and captured graphs. While it is
-    in use nobody else gets it: a second sampler of the model builds its own.
-    """
+    """Return the model's decoder, ready for an empty pool, with at least this much room. It is kept
+    on the model between calls for its stacked weights and captured graphs; while it is in use, a
+    second sampler of the model builds its own."""
     decoder = model.__dict__.pop("kept_decoder", None)
     if decoder is None or not decoder.has_room(rows, columns):
         decoder = Decoder(model, rows, columns)
@@ -110,7 +108,6 @@ class Decoder:
         self.captures = device.type == "cuda"
         self.graphs = {}
         self.stacks = [[Stack() for _ in range(4)] for _ in model.model.layers]
-
         # What no step needs to compute again: the rotary table, and the q and k norms side by side.
         positions = torch.arange(columns, device=device)[None]
         cos, sin = rotary(positions, config.head_dim, config.rope_theta, dtype)
@@ -183,7 +180,6 @@ class Decoder:
         config, cache, b = self.model.config, self.cache, len(tokens)
         H, H_kv, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         columns = cache.k.shape[3]
-
         # 1) Each row's position, what it may not see, and where its new keys go. Key-value heads
         # are rows of their own here: (b, H_kv) flattened.
         at = cache.lengths[:b].clamp(max=columns - 1)  # (b,); a row that is over may run on
@@ -196,7 +192,6 @@ class Decoder:
         heads = torch.arange(b * H_kv, device=at.device).view(b, H_kv)
         place = (heads * columns + at[:, None]).flatten()
         rope = (self.cos[at][:, None], self.sin[at][:, None])  # (b, 1, K)
-
         # 2) The blocks.
         x = self.model.model.embed_tokens(tokens)  # (b, D)
         for layer, block in enumerate(self.model.model.layers):

@@ -1,7 +1,6 @@
 """Scoring a micro-batch in less time: each prompt read once, no padding but in attention.
 
-`pack` and `micro_batches` are the twins of pad_rows and split_rows in grpo.py. They change what is
-read, not what is computed; tests/test_fast.py holds them together.
+`pack` and `micro_batches` are the twins of pad_rows and split_rows in grpo.py.
 """
 
 import torch
@@ -33,7 +32,6 @@ class Packed:
         in_prompt = (prompt_columns < starts[:, None]).flatten().nonzero()[:, 0]
         in_row = (columns < lengths[:, None]).flatten().nonzero()[:, 0]
         self.cells = (in_prompt, in_row)
-
         # The positions of a completion follow its prompt's. Its tokens see all of the prompt, and
         # their own row up to themselves.
         after_prompt = starts[group][in_row // T] + in_row % T
@@ -71,11 +69,8 @@ class Packed:
 
 
 def pack(prompts, group, tokens, lengths, device):
-    """Lay out p prompts and b completions end to end; see grpo.pad_rows, the plain twin.
-
-    Returns ids (1, N) of all but the completions' last tokens, the index of the token that predicts
-    each completion token (b, T), 0 on padding, and who sees whom.
-    """
+    """Lay out p prompts and b completions end to end. Returns ids (1, N), the place in them that
+    predicts each target (b, T), 0 on padding, and who sees whom."""
     starts = torch.tensor([len(prompt) for prompt in prompts])
     columns = torch.arange(tokens.shape[1])
     ids = torch.cat([*prompts, tokens[columns < lengths[:, None] - 1]])

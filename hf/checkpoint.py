@@ -48,24 +48,21 @@ def config_from_dict(raw: dict) -> Config:
     config = Config(**values)
     odd = heads % config.num_key_value_heads or config.head_dim % 2
     if odd or config.num_hidden_layers > 1000:
-        limits = "num_key_value_heads must divide num_attention_heads, head_dim be even, "
-        limits += "num_hidden_layers be at most 1000"
-        raise UserError(f"config.json: {limits}")
+        limits = "key-value heads must divide heads, head_dim be even, num_hidden_layers be at most"
+        raise UserError(f"config.json: {limits} 1000")
     return config
 
 
 def unsupported_feature(raw: dict, rope: dict, family) -> str:
     """Return what a config.json asks for and our model does not compute; "" if all is computed."""
-    rope_type = rope.get("rope_type") or rope.get("type", "default")
-    activation = raw.get("hidden_act", "silu")
-    if rope_type != "default":
+    if (rope.get("rope_type") or rope.get("type", "default")) != "default":
         return "rope scaling"
     if raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", []):
         return "a sliding window"
     if raw.get("attention_bias") and not FAMILIES[family]["qkv_bias"]:
         return "attention_bias"
-    if activation != "silu":
-        return f"hidden_act {activation}"
+    if raw.get("hidden_act", "silu") != "silu":
+        return f"hidden_act {raw['hidden_act']}"
     return ""
 
 
@@ -113,11 +110,9 @@ def load_model(path_or_id, device="cpu", dtype=None, revision=None) -> Qwen3:
     config = config_from_dict(read_json(folder / "config.json"))
     with torch.device("meta"):  # takes no memory: the tensors of the file move in below
         model = Qwen3(config)
-    expected = model.state_dict()
-    state = {}
+    expected, state = model.state_dict(), {}
     for file in weight_files(folder):
-        tensors, _ = read_tensors(folder / file)  # memory-mapped
-        state.update(tensors)
+        state.update(read_tensors(folder / file)[0])  # memory-mapped
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
         head = state.pop("lm_head.weight", None)  # some files hold the matrix twice

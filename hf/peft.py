@@ -41,9 +41,8 @@ def target_modules(model) -> list[str]:
     """Return the last names of the adapted layers, or, where those say too much, the full ones."""
     adapted = list(lora_layers(model))
     last_names = {name.split(".")[-1] for name in adapted}
-    plain = [name for name in linear_layers(model) if not name.endswith(".base")]
-    ambiguous = any(name.split(".")[-1] in last_names for name in plain)
-    return sorted(adapted if ambiguous else last_names)
+    plain = {n.split(".")[-1] for n in linear_layers(model) if not n.endswith(".base")}
+    return sorted(adapted if plain & last_names else last_names)
 
 
 def load_adapter(model, folder):
@@ -56,7 +55,6 @@ def load_adapter(model, folder):
         alpha *= math.sqrt(rank)
     tensors, _ = files.read_tensors(folder / "adapter_model.safetensors")
     names = sorted({name.removeprefix(PREFIX).rsplit(".", 2)[0] for name in tensors})
-
     # Check names and shapes first: for layers of a size that is a lie there may be no memory.
     if lora_layers(model):
         raise UserError(f"this model has an adapter: {folder} fits the base model only")
@@ -70,7 +68,6 @@ def load_adapter(model, folder):
         expected[f"{PREFIX}{name}.lora_A.weight"] = torch.empty(rank, D_in, device="meta")
         expected[f"{PREFIX}{name}.lora_B.weight"] = torch.empty(D_out, rank, device="meta")
     files.check_tensors(tensors, expected, folder)
-
     attach(model, names, rank, alpha)
     for name, p in lora_parameters(model).items():
         p.data.copy_(tensors[PREFIX + name])

@@ -4,8 +4,8 @@
     python lessons/figures.py --run runs/lesson
 
 fork.png asks every checkpoint of the run the same held-out problems: how many completions guess,
-how many work the problem out, and how many of each are right. paid.png is what `python -m view
-RUN` draws in credit.png, with fewer rules and larger type.
+how many work the problem out, and how many of each are right. paid.png is what
+experiments/credit_figure.py draws, with fewer rules and larger type.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.problems import add_prompts, load_problems
 from eval_math import verify
+from experiments.credit_figure import draw_band
 from experiments.truth import saved_adapters
 from lora import lora_parameters
 from run.flags import load_base
@@ -24,7 +25,7 @@ from system.errors import UserError, run_cli
 from system.files import read_json
 from train import Settings
 from view.__main__ import make_groups, read_samples
-from view.draw import LIGHT, TOP, draw_band, is_right, telling_pair
+from view.draw import LIGHT, TOP, is_right, telling_pair
 
 try:
     from matplotlib.colors import LinearSegmentedColormap

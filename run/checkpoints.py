@@ -1,5 +1,4 @@
 """Checkpoints of a run: written whole or not at all, found again, resumed from.
-
 trainer.safetensors holds adapter, optimizer and step, so that one rename makes it the newest
 checkpoint; adapter/ is a copy for other programs. A run that resumes cuts its JSONL files back.
 """

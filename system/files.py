@@ -31,9 +31,7 @@ def checked(raw: dict, where, **types) -> dict:
     number not from 0 to LARGEST (whole numbers are floats, too; booleans are no numbers)."""
     raw = {name: value for name, value in raw.items() if value is not None}
     for name, kind in types.items():
-        value = raw.get(name)
-        if value is None:
-            continue
+        value = raw.get(name, kind())
         if type(value) not in ((int, float) if kind is float else (kind,)):
             found = type(value).__name__
             raise UserError(f"{where}: {name} should be of type {kind.__name__}, not {found}")

@@ -762,6 +762,8 @@ BOMBS = {
     "postfix": "x" + "!" * 900,
     "primes": "x" + "'" * 900,
     "functions": r"\sin" * 240,
+    "indices": "x_{" * 45 + "x" + "}" * 45,
+    "matrices": r"\begin{array}1&1&1&1&1&1&1&1&1&1\end{array}" * 20,
     "ligatures": "\ufdfa" * 990,
     "sine of a huge number": r"\sin(10^{10^{5}})",
     "exponent": "1e999999999",

@@ -48,11 +48,8 @@ def write(folder, rows):
     return folder
 
 
-def call(monkeypatch, capsys, *flags, matplotlib=False):
-    """(exit code, stdout, stderr) of python -m view; as a rule without the slow figure."""
-    if not matplotlib:  # what import then finds is nothing
-        monkeypatch.setitem(sys.modules, "matplotlib", None)
-        monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
+def call(monkeypatch, capsys, *flags):
+    """(exit code, stdout, stderr) of python -m view."""
     monkeypatch.setattr(sys, "argv", ["view", *map(str, flags)])
     code = 0
     try:
@@ -223,28 +220,22 @@ def test_a_sharpening_that_is_not_kept(monkeypatch, capsys, tmp_path):
     assert code == 2 and err.count("\n") == 1 and "--sharpening" in err
 
 
-def test_figure(monkeypatch, capsys, tmp_path):
+def test_figure(monkeypatch, tmp_path):
     """Dollar signs that matplotlib takes for formulas and cannot parse, signs that its font lacks,
     a completion too long for one row of tokens."""
     pytest.importorskip("matplotlib")
+    from experiments import credit_figure
+
     tokens = ["$\\frac$", "}$", "_^", "\n", "汉", "x" * 30]
     problem = "$\\frac{$ $x_$?"
     right = sample(tokens * 50, [[1.0] * 300, [0.5] * 299 + [150.5]], problem=problem)
     wrong = sample(tokens, [[1.0] * 6] * 2, reward=0.0, problem=problem)
-    flags = (write(tmp_path, [right, wrong]), "--out", tmp_path)
-    code, out, err = call(monkeypatch, capsys, *flags, matplotlib=True)
-    assert (code, err) == (0, "") and str(tmp_path / "credit.png") in out
-    size = (tmp_path / "credit.png").read_bytes()[16:24]  # of a PNG: two big-endian integers
+    folder, png = write(tmp_path, [right, wrong]), tmp_path / "credit.png"
+    monkeypatch.setattr(sys, "argv", ["credit_figure.py", str(folder), "--out", str(png)])
+    credit_figure.main()
+    size = png.read_bytes()[16:24]  # of a PNG: two big-endian integers
     wide, high = int.from_bytes(size[:4], "big"), int.from_bytes(size[4:], "big")
     assert wide == 1800 and 14 < high / 200 < 15  # inches: five heat maps, four of the long one
-
-
-def test_without_matplotlib_the_rest_is_written(monkeypatch, capsys, tmp_path):
-    """An optional package whose absence takes the page with it, or goes unsaid."""
-    write(tmp_path, ordinary())
-    code, out, err = call(monkeypatch, capsys, tmp_path, "--out", tmp_path)
-    assert (code, err) == (0, "") and "pip install matplotlib" in out.splitlines()[-1]
-    assert (tmp_path / "credit.html").exists() and not (tmp_path / "credit.png").exists()
 
 
 # ---- The page in a browser -----------------------------------------------------------------------

@@ -13,6 +13,7 @@ from verifier.spellings import ALPHABET, MEASURE, tokens
 from verifier.values import NAMES, TRIG, walk
 
 MAX_NESTING = 50
+MAX_NAME = 1000  # characters: an index in an index has twice as many
 BINDING = [  # the loosest first
     r"\over \choose", "; , and or", r"= < > <= >= != \in \approx", r"\cup \cap \setminus", ":",
     r"- + \pm \mp", "* /",
@@ -57,7 +58,7 @@ def join(op, a, b):
     if op in RELATIONS:
         ops, *sides = a[1:] if a[0] == "rel" else ((), a)
         return "rel", (*ops, op), *sides, b
-    if op == "*" and b[0] == "matrix" != a[0]:
+    if op == "*" and b[0] == "matrix" and all(part[0] != "matrix" for part in walk(a)):
         return "matrix", *(("row", *(join("*", a, x) for x in row[1:])) for row in b[1:])
     if op == "and" and a[0] == b[0] == "rel" and not {*a[1], *b[1]} & {"=", r"\approx"}:
         op = r"\cap"  # x > 1 and x < 2
@@ -205,6 +206,8 @@ class Parser:
         if self.peek() == "_":
             self.take()
             token += f"_{self.argument()}"
+            if len(token) > MAX_NAME:
+                raise ValueError("a long name")
         while self.peek() == "'":
             token += self.take()
         if self.peek() == "(" and token[0] in "fg":

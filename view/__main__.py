@@ -1,4 +1,4 @@
-"""Show what every rule pays the completions that a run kept: screen, credit.html, credit.png.
+"""Show what every rule pays the completions that a run kept: on the screen, as a page.
 
 A sample is a dict as run.folder.sample_rows makes it; a group is what draw.py shows of a problem.
 """
@@ -14,7 +14,7 @@ from credit import effective_token_ratio, gini
 from run.metrics import CLASSES, rank_correlation, token_classes
 from system.errors import UserError, printable, run_cli
 from system.files import read_rows
-from view.draw import figure, page, show
+from view.draw import page, show
 
 
 def read_samples(folder) -> list[dict]:
@@ -53,7 +53,6 @@ def rule_statistics(sample) -> dict:
     finished = not sample["text"].endswith(sample["tokens"][-1])  # the text leaves out the end
     classes = torch.tensor(token_classes(sample["tokens"], finished))  # (T,)
     paid = rules @ torch.nn.functional.one_hot(classes, len(CLASSES)).float()  # (2, R, C)
-
     # Each rule with each other one.
     first = rules.repeat_interleave(R, dim=1).flatten(0, 1)  # (2RR, T)
     second = rules.repeat(1, R, 1).flatten(0, 1)  # (2RR, T)
@@ -95,8 +94,8 @@ def make_groups(samples) -> list[dict]:
 def main():
     parser = argparse.ArgumentParser(prog="python -m view", description=__doc__.splitlines()[0])
     parser.add_argument("run", help="the folder of a run")
-    parser.add_argument("--sharpening", type=int, default=1, help="1 or 2: of screen and figure")
-    parser.add_argument("--out", default=".", help="folder for credit.html and credit.png")
+    parser.add_argument("--sharpening", type=int, default=1, help="1 or 2: of the screen")
+    parser.add_argument("--out", default=".", help="folder for credit.html")
     cfg = parser.parse_args()
     if cfg.sharpening not in (1, 2):
         raise UserError(f"--sharpening {cfg.sharpening}: the view has 1 and 2")
@@ -111,10 +110,8 @@ def main():
     title = f"run {Path(cfg.run).resolve().name}"
     html = page(groups, names, cfg.sharpening, samples[-1]["credit"], title)
     (out / "credit.html").write_text(html, encoding="utf-8")
-    drawn = figure(groups, names, cfg.sharpening, out / "credit.png")
     show(groups, names, cfg.sharpening)
     print(f"\npage: {out / 'credit.html'}")
-    print(f"figure: {out / 'credit.png'}" if drawn else "no figure: pip install matplotlib for it")
 
 
 if __name__ == "__main__":
