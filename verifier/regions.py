@@ -37,9 +37,9 @@ def same_region(a, b, values: Values) -> bool:
     found = sorted([MP.zero, *finite])
     probes = [found[0] - 1, *found, found[-1] + 1]
     probes += [(low + high) / 2 for low, high in itertools.pairwise(probes)]
-    inside_b = [contains(b, x, values) for x in probes]
-    inside_a = [contains(a, x, values) for x in probes]
-    return any(inside_b) and inside_a == inside_b
+    if any(contains(a, x, values) != contains(b, x, values) for x in probes):
+        return False
+    return any(contains(b, x, values) for x in probes)
 
 
 def ends(tree, values) -> list:
