@@ -25,7 +25,7 @@ from data.problems import load_split, problems_of_step
 from eval_math import evaluate
 from grpo import ADVANTAGES, group_advantages, sample_rollout, update
 from lora import add_lora, lora_parameters
-from run.checkpoints import resume_or_start, save, whole_step
+from run.checkpoints import resume_or_start, save, uninterrupted
 from run.flags import FLAGS, PRESETS, load_base, parse_settings
 from run.folder import keep_samples, new_run, recorder, show, show_evaluation, summary, warn
 from run.metrics import diagnose, measure
@@ -156,7 +156,7 @@ def main():
             sampled = time.perf_counter()
             advantages = group_advantages(rollout.rewards, cfg.advantage).flatten()  # (B,)
 
-            with whole_step():  # runs to its end or not at all
+            with uninterrupted():  # runs to its end or not at all
                 # Learn from it.
                 optimizer.param_groups[0]["lr"] = lr_at(step, cfg)
                 metrics, signals, multipliers = update(

@@ -27,7 +27,7 @@ CHANGEABLE = """out device micro_batch_tokens gradient_checkpointing eval_every 
 
 
 @contextmanager
-def whole_step():
+def uninterrupted():
     """Hold back Ctrl-C and SIGTERM to the end of the block, so that parameters, optimizer and files
     are all of one step. A second signal ends the process at once, which a checkpoint survives."""
     caught = []

@@ -219,6 +219,7 @@ def kill_often(folder, flags, kills, steps, delays, seed):
     return died
 
 
+@pytest.mark.long
 def test_killed_runs_end_as_if_nothing_had_happened(flags, whole, tmp_path):
     """State that no checkpoint holds, a line twice or half, a checkpoint that is not one."""
     folder = tmp_path / "run"
@@ -338,6 +339,7 @@ def test_files_are_on_the_disk_before_they_count(monkeypatch, tmp_path):
 # ---- Stopped -------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_ctrl_c_and_sigterm_lose_no_step(flags, whole, tmp_path):
     """A traceback, a step that was done and is lost, or one that is done twice."""
     folder = tmp_path / "run"
@@ -356,7 +358,7 @@ def test_ctrl_c_and_sigterm_lose_no_step(flags, whole, tmp_path):
 def test_a_second_ctrl_c_stops_at_once():
     """A user who waits for a step of minutes, or a handler that is left behind."""
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), checkpoints.whole_step():
+    with pytest.raises(KeyboardInterrupt), checkpoints.uninterrupted():
         os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is before
@@ -462,6 +464,7 @@ def test_a_run_without_memory_ends_in_a_line_and_resumes_exactly_with_a_smaller_
     assert_same_run(folder, whole)
 
 
+@pytest.mark.long
 def test_a_full_disk_costs_no_checkpoint(flags, whole, tmp_path):
     """A good checkpoint overwritten by half of one; here no file may grow over the limit."""
     folder = tmp_path / "run"
