@@ -8,7 +8,7 @@ rules have scores s_t >= 0. Within a completion of T tokens these become
 
 so credit only moves between the tokens of a completion. Rules whose papers normalise otherwise keep
 their own way. To add a rule, write a function from (Signals, power) to multipliers (B, T), 0 on
-padding, and add a line to METHODS that names the signals it reads; grpo.py computes no others.
+padding, and add a line to METHODS that names the signals it reads, so that grpo.py finds them.
 
 This file imports nothing of ours and can be copied into another trainer.
 "The paper" is ARCA's, arXiv 2606.00257. Shapes: B completions, T tokens, D hidden size.
@@ -122,7 +122,7 @@ def permuted(signals: Signals, power):
 
 
 def random(signals: Signals, power):
-    """A control: log-normal scores exp(sigma z), whose Gini is that of ARCA's in each row. The Gini
+    """A control: log-normal scores exp(sigma z), whose Gini is ARCA's in each row. The Gini
     grows with sigma, which bisection finds."""
     mask = signals.mask.bool()
     target = gini(arca(signals, power), mask)[:, None]  # (B, 1)

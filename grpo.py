@@ -278,7 +278,7 @@ FOUND = ("logp", "entropy", "ref_logp", "residual", "neg_logp")  # the signals t
 
 
 def sampled_signals(rollout: Rollout, advantages) -> credit.Signals:
-    """Return the signals of a step (B, T) that need no pass: most are what the sampler saw."""
+    """Return the signals of a step (B, T) that need no pass: some are what the sampler saw."""
     c = rollout.completions
     mask = torch.arange(c.tokens.shape[1]) < c.lengths[:, None]
     group = torch.arange(len(mask)) // rollout.rewards.shape[1]
@@ -335,7 +335,7 @@ def update(model, optimizer, rollout: Rollout, advantages, cfg, compare=False):
         multipliers = credit.token_weights(cfg.credit, signals, cfg.sharpening)  # (B, T)
     signals = with_room(signals, needed)
 
-    # 2. Rows of advantage 0, such as a group without spread, have no gradient: only measure them.
+    # 2. Rows of advantage 0 have no gradient, unless KL is penalised: they are only measured.
     has_gradient = (advantages != 0) | (cfg.kl_coef > 0)  # (B,)
     has_gradient &= optimizer is not None
     for rows in processes.share(split(rollout, ~has_gradient, cfg.micro_batch_tokens)):
@@ -372,7 +372,7 @@ def update(model, optimizer, rollout: Rollout, advantages, cfg, compare=False):
     # 5. What is now known of all tokens of the step, whichever process found it.
     parts = [getattr(signals, name) for name in FOUND]
     processes.add_up([x for x in parts if x is not None])
-    if not whole_step:  # the same as above, for all rows
+    if not whole_step:  # those of the first epoch, for all rows
         multipliers = credit.token_weights(cfg.credit, signals, cfg.sharpening)
     if cfg.kl_coef > 0:
         metrics["kl"] = kl_k3(signals.logp, signals.ref_logp)[signals.mask].mean().item()

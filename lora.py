@@ -2,7 +2,7 @@
 
 The layer keeps the two terms apart, so one set of weights is two models: the adapted one and, under
 `adapter_off(model)`, the base one, bit for bit. ARCA's residual, the policy divergence and the KL
-penalty all turn that switch. This file imports nothing of ours and can be copied out alone.
+penalty all use that switch. This file imports nothing of ours and can be copied out alone.
 """
 
 import math
@@ -25,7 +25,7 @@ class LoRALinear(nn.Module):
         place = dict(device=base.weight.device, dtype=torch.float32)
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, **place)  # (r, D_in)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, **place)  # (D_out, r)
-        self.on = True  # adapter_off turns it to False
+        self.on = True  # adapter_off sets it to False
 
     def forward(self, x):
         if not self.on:

@@ -66,7 +66,7 @@ def attention(q, k, v, mask=None):
     mask (B, 1, T, S) is True where a token may look; without one attention is causal. H / H_kv
     query heads share a key-value head.
     """
-    if q.is_cuda and mask is not None:  # CUDA's fast kernels take a mask or grouped heads
+    if q.is_cuda and mask is not None:  # no fast kernel there takes both
         shared = q.shape[1] // k.shape[1]
         k = k.repeat_interleave(shared, dim=1)
         v = v.repeat_interleave(shared, dim=1)

@@ -146,7 +146,7 @@ def read_prompts(model, prompts, n, cache, first):
 def draw_next(model, hidden, u, temperature, top_p, top_k):
     """Draw a token a row after states hidden (b, D), with uniforms u (b,).
 
-    Returns the tokens (b,) and the log-probs (b, V), at the temperature, that they are drawn from.
+    Returns the tokens (b,) and the log-probs (b, V), at the temperature and before any cut.
     """
     logits = model.logits(hidden).float() / (temperature or 1.0)
     logps = torch.log_softmax(logits, dim=-1)

@@ -55,7 +55,7 @@ class Settings:
     eval_samples: int = setting(4, "samples a problem for pass@k; 0 for greedy only")
     eval_every: int = setting(0, "steps between evaluations; 0 for before and after only")
     # rollouts
-    steps: int = setting(80, "number of updates")
+    steps: int = setting(80, "number of rollouts")
     prompts: int = setting(16, "problems a step")
     samples: int = setting(8, "completions a problem")
     max_prompt_tokens: int = setting(512, "problems with a longer prompt are left out")
@@ -164,7 +164,7 @@ def main():
                 )
                 done, ended = step, time.perf_counter()
 
-                # Write down and show what happened. A policy that was just broken is not saved.
+                # Write down and show what happened. A broken policy is saved only at the end.
                 metrics |= dict(step=step, lr=lr_at(step, cfg)) | measure(rollout, signals)
                 metrics |= diagnose(rollout, signals, multipliers, cfg, tokenizer, compare)
                 # A broken policy earns no reward, so no loss tells of it.
