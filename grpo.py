@@ -222,13 +222,13 @@ def score(model, rollout: Rollout, rows, needed, cfg):
 
     # 2) The base path: the same tokens, shapes and kernels, so that LoRA's B = 0 gives
     # exactly 0. This is ARCA: how far the adapter moves the predicting state.
-    with torch.no_grad(), adapter_off(model):
-        if "residual" in needed or "ref_logp" in needed:
+    if needed & {"residual", "ref_logp"}:
+        with torch.no_grad(), adapter_off(model):
             base = hidden_at_targets(model, batch)
-        if "residual" in needed:  # ||h_adapted - h_base||_2
-            found["residual"] = (states.detach() - base).norm(dim=-1) * batch.mask
-        if "ref_logp" in needed:
-            found["ref_logp"], _ = completion_logps(model, batch, base, cfg.temperature)
+            if "residual" in needed:  # ||h_adapted - h_base||_2
+                found["residual"] = (states.detach() - base).norm(dim=-1) * batch.mask
+            if "ref_logp" in needed:
+                found["ref_logp"], _ = completion_logps(model, batch, base, cfg.temperature)
 
     # 3) The negative prompt: the same completions after another text.
     if "neg_logp" in needed:
@@ -299,17 +299,18 @@ def fill_in(signals: credit.Signals, rows, found):
 
 
 def clip_and_step(optimizer, parameters, loss, cfg):
-    """Add up the processes' gradients, clip them to a joint norm of cfg.max_grad_norm, and step;
-    return the norm before clipping. If it or the loss is not finite, the parameters stay."""
+    """Add up the processes' gradients, clip them to a joint norm of cfg.max_grad_norm, and step.
+    Returns the norm before clipping, and whether it and the loss are finite: if not, no step."""
     for p in parameters:
         if p.grad is None:  # no rows for this process
             p.grad = torch.zeros_like(p)
     processes.add_up([p.grad for p in parameters])
     norm = clip_grad_norm_(parameters, cfg.max_grad_norm).item()
-    if math.isfinite(norm) and math.isfinite(loss):
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, finite
 
 
 def update(model, optimizer, rollout: Rollout, advantages, cfg, compare=False):
@@ -363,11 +364,10 @@ def update(model, optimizer, rollout: Rollout, advantages, cfg, compare=False):
 
         # 4. Clip and step, or skip a gradient that is not finite.
         processes.add_up([loss])
-        norm = clip_and_step(optimizer, parameters, loss.item(), cfg)
         metrics["loss"] = metrics["loss"] if epoch else loss.item()
+        norm, finite = clip_and_step(optimizer, parameters, loss.item(), cfg)
         metrics["grad_norm"] = norm
-        if not math.isfinite(norm + loss.item()):
-            metrics["skipped"] = 1
+        metrics["skipped"] |= not finite
 
     # 5. What is now known of all tokens of the step, whichever process found it.
     parts = [getattr(signals, name) for name in FOUND]

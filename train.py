@@ -158,16 +158,16 @@ def main():
 
             with uninterrupted():  # runs to its end or not at all
                 # Learn from it.
-                optimizer.param_groups[0]["lr"] = lr_at(step, cfg)
+                lr = lr_at(step, cfg)
+                optimizer.param_groups[0]["lr"] = lr
                 metrics, signals, multipliers = update(
                     model, optimizer, rollout, advantages, cfg, compare
                 )
                 done, ended = step, time.perf_counter()
 
-                # Write down and show what happened. A broken policy is saved only at the end.
-                metrics |= dict(step=step, lr=lr_at(step, cfg)) | measure(rollout, signals)
+                # Write down what happened. A broken policy has no reward, so no loss tells of it.
+                metrics |= dict(step=step, lr=lr) | measure(rollout, signals)
                 metrics |= diagnose(rollout, signals, multipliers, cfg, tokenizer, compare)
-                # A broken policy earns no reward, so no loss tells of it.
                 metrics["skipped"] |= not math.isfinite(metrics["entropy"])
                 metrics["seconds_rollout"] = sampled - started
                 metrics["seconds_update"] = ended - sampled

@@ -20,6 +20,7 @@ from hf.peft import load_adapter, save_adapter
 from lora import add_lora, lora_parameters
 from model import Config
 from system.errors import UserError
+from train import Settings
 
 # name: hidden, intermediate, layers, heads, key-value heads (arXiv 2505.09388, table 1)
 SHAPES = {"0.6B": (1024, 3072, 28, 16, 8), "1.7B": (2048, 6144, 28, 16, 8)}
@@ -58,26 +59,8 @@ def adapted(model, rank=16, alpha=32.0):
 
 
 def settings(**changes):
-    """Return what grpo.py reads of train.py's Settings: plain GRPO, each rollout used once."""
-    cfg = SimpleNamespace(
-        samples=8,
-        max_new_tokens=64,
-        temperature=1.0,
-        top_p=1.0,
-        seed=1,
-        credit="uniform",
-        sharpening=1.0,
-        aggregate="seq",
-        epochs_per_rollout=1,
-        clip_eps_low=0.2,
-        clip_eps_high=0.28,
-        kl_coef=0.0,
-        max_grad_norm=1.0,
-        micro_batch_tokens=2048,
-    )
-    assert changes.keys() <= vars(cfg).keys()
-    vars(cfg).update(changes)
-    return cfg
+    """Return train.py's Settings for a bench: plain GRPO, completions of at most 64 tokens."""
+    return Settings(**dict(credit="uniform", max_new_tokens=64) | changes)
 
 
 @dataclass(eq=False)

@@ -27,6 +27,10 @@ def read_samples(folder) -> list[dict]:
     for number, sample in enumerate(samples, 1):
         if not sample.keys() >= set(keys.split()):
             raise UserError(f"{path}, line {number} is not a sample of this train.py: run it again")
+    # Rules that all samples have: a run that was resumed may have got another one on the way.
+    names = [name for name in samples[0]["rules"] if all(name in x["rules"] for x in samples)]
+    for sample in samples:
+        sample["rules"] = {name: sample["rules"][name] for name in names}
     return samples
 
 
@@ -100,10 +104,7 @@ def main():
     if cfg.sharpening not in (1, 2):
         raise UserError(f"--sharpening {cfg.sharpening}: the view has 1 and 2")
     samples = read_samples(cfg.run)
-    # Rules that all samples have: a run that was resumed may have got another one on the way.
-    names = [name for name in samples[0]["rules"] if all(name in x["rules"] for x in samples)]
-    for sample in samples:
-        sample["rules"] = {name: sample["rules"][name] for name in names}
+    names = list(samples[0]["rules"])
     groups = make_groups(samples)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
