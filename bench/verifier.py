@@ -1,11 +1,11 @@
 """This verifier beside math-verify, on the same labelled answers in the same run.
 
-    python bench/verifier.py [FILE]        # FILE defaults to ../shared/verifier/dev.jsonl
+    python bench/verifier.py [FILE ...]    # by default all labelled files of ../shared/verifier
 
-math-verify takes minutes: it stops at 5 s, many times. FILE is a JSONL of gold, completion, label
-and kind; the kind `fallback` is judged with
-strict=False. Hostile cases are counted on their own: right means the labelled verdict, without an
-exception, within half a second. Times are those of one process on one core, imports excluded.
+math-verify takes minutes: it stops at 5 s, many times. A FILE is a JSONL of gold, completion, label
+and kind. The kind `fallback` is judged with strict=False; `convention`, on which graders disagree,
+is left out. Hostile cases are counted on their own: right means the labelled verdict, without an
+exception, within 0.2 s. Times are those of one process on one core, imports excluded.
 """
 
 import argparse
@@ -23,9 +23,8 @@ sys.path.insert(0, str(HOUSE))
 from eval_math import verify  # noqa: E402
 from system.errors import UserError, run_cli  # noqa: E402
 
-DEV = HOUSE.parent / "shared" / "verifier" / "dev.jsonl"
-HOSTILE = {"hostile", "awkward"}
-LIMIT = 0.5  # seconds of a hostile case
+LABELLED = [HOUSE.parent / "shared" / "verifier" / f"{name}.jsonl" for name in ("dev", "attacks")]
+LIMIT = 0.2  # seconds of a hostile case
 
 
 def peer():
@@ -49,15 +48,16 @@ def measure(judge, cases):
     """Counts of one verifier over all cases, and the seconds of each."""
     counts, seconds, hostile = collections.Counter(), [], []
     for case in cases:
+        is_hostile = case["kind"].startswith("hostile") or case["kind"] == "awkward"
         started = time.perf_counter()
         try:
             verdict = judge(case["completion"], case["gold"], case["kind"] != "fallback")
         except Exception:
             verdict = None
             counts["raised"] += 1
-        (hostile if case["kind"] in HOSTILE else seconds).append(time.perf_counter() - started)
+        (hostile if is_hostile else seconds).append(time.perf_counter() - started)
         right = verdict is case["label"]
-        if case["kind"] in HOSTILE:
+        if is_hostile:
             counts["hostile"] += 1
             counts["hostile right"] += right and hostile[-1] <= LIMIT
         else:
@@ -70,13 +70,18 @@ def measure(judge, cases):
 
 def main():
     parser = argparse.ArgumentParser(description="Our verifier beside math-verify.")
-    parser.add_argument("file", nargs="?", default=str(DEV), help="labelled answers (JSONL)")
-    path = Path(parser.parse_args().file)
-    if not path.is_file():
-        raise UserError(f"no file {path}: give a JSONL of gold, completion, label and kind")
-    cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    parser.add_argument("files", nargs="*", default=LABELLED, help="labelled answers (JSONL)")
+    for path in map(Path, parser.parse_args().files):
+        if not path.is_file():
+            raise UserError(f"no file {path}: give a JSONL of gold, completion, label and kind")
+        cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        report(path.name, [case for case in cases if case["kind"] != "convention"])
+
+
+def report(name, cases):
+    """Print the counts and times of both verifiers on the cases of one file."""
+    print(f"{len(cases)} cases of {name}")
     verifiers = {"ours": verify, "math-verify": peer()}
-    print(f"{len(cases)} cases of {path.name}")
     for name, judge in verifiers.items():
         if judge is None:
             print(f"{name:11}  is not installed: pip install -r requirements-dev.txt")

@@ -28,7 +28,7 @@ UNNEEDED = ("runs", ".git", ".venv", "venv", "__pycache__", ".*_cache", ".hypoth
 LESSONS = {
     1: "a transformer that samples",
     2: "LoRA and its two paths",
-    3: "rewards that cannot be fooled",
+    3: "rewards that are hard to fool",
     4: "GRPO from the policy gradient",
     5: "token credit and how it degenerates",
     6: "reading a result with controls",

@@ -27,13 +27,13 @@ from verifier.compare import same_answer
 from verifier.extract import extract_answer, last_boxed
 from verifier.latex import parse
 from verifier.spellings import MACROS, normalise
-from verifier.values import POINTS, PRIMES, Values
+from verifier.values import MP, RANGES, Values
 
 HOUSE = Path(__file__).parent.parent
 SHARED = HOUSE.parent / "shared"
 LABELLED = SHARED / "verifier" / "dev.jsonl"
-PARTS = ("extract", "spellings", "latex", "values", "regions", "compare")
-LIMIT = 0.5  # seconds of any one check
+ATTACKS = SHARED / "verifier" / "attacks.jsonl"
+LIMIT = 0.5  # seconds of any one check; test_verifier_growth.py holds it to CPU time
 
 
 def right(answer, gold, strict=True):
@@ -319,7 +319,6 @@ RIGHT = {
         0 | \sqrt{3+2\sqrt2}-1-\sqrt2
         1 | \sin^2 1 + \cos^2 1
         2^{1000} | 4^{500}
-        \frac{2004!}{2003!} | 2004
         \infty | +\infty
         -\infty | −∞
         x^{100}-1 | -1+x^{100}
@@ -351,7 +350,6 @@ RIGHT = {
         4\sqrt{3}+4 | 4(1+\sqrt 3)
         x=2,y=3 | x=2, y=3
         (2,3) | x=2, y=3
-        \gcd(12,18) | 6
         13.18 | \sqrt{173.7124}
         90 | \angle A = 90^\circ
         \frac{\sqrt{3}}{2} | \sqrt{\frac{3}{4}}
@@ -390,8 +388,203 @@ RIGHT = {
         3, -3 | x = \pm 3
         \text{Yes} | yes
     """,
+    "names": r"""
+        4 | f(3) = 4
+        11 | a+b = 11
+        133 | m+n = 100+33 = 133
+        3 | x_{\max} = 3
+        3 | y_{\text{min}} = 3
+        5 | \bar{x} = 5
+        12 | [ABC] = 12
+        7 | |AB| = 7
+        3 | \lim_{x\to 0} f(x) = 3
+        \frac{1}{3} | P(A) = \frac{1}{3}
+        25 | a^2+b^2 = 25
+        n^2 | S_n = n^2
+        \frac{x+1}{2y} | \Phi(x,y) = \frac{x}{2y}+\frac{1}{2y}
+    """,
+    "units and words": r"""
+        5 | 5\,\mathrm{m/s}
+        40 | 40\,\mathrm{N}
+        25 | 25^\circ C
+        25^\circ\text{C} | 25^\circ C
+        5 | 5 sec
+        5 | 5 in.
+        69 | 69 slices of pizza
+        12 | 12 \text{ cups of flour}
+        60 \text{ mph} | 60 mph
+        8 | 8 \text{ N}\cdot\text{m}
+        8 | 8 \mathrm{~kg} \mathrm{~m}^{-3}
+        5\text{ m}^2 | 5 square meters
+        \$5 | 5 \text{ dollars}
+        5 \text{ apples} | 5 apples
+        \frac{\pi}{6} | 30^\circ
+        0 | \sin 180^\circ
+        10 | 20\%\cdot 50
+        10 | 20\%\cdot 50 = 10
+        \text{Yes} | yes
+        Yes | \text{yes}
+        \text{odd} | Odd
+        A | A: A polygenic risk score
+        \text{(C)} | \text{(C) } 3 \text{ and } 5
+    """,
+    "notation": r"""
+        2^6 \cdot 3^5 \cdot 5^4 | 2^6 3^5 5^4
+        2^3 \cdot 7^2 | 2^3 * 7^2
+        xyzw | wxyz
+        3e+2 | 2+3e
+        \frac{2e-1}{3} | \frac{2e}{3}-\frac{1}{3}
+        1e-3 | 0.001
+        3^{10} | 3¹⁰
+        \epsilon | ε
+        25,100,55 | 25, 55, 100
+        2,100 | 100, 2
+        2,100 | 2100
+        \frac{1205}{999} | 1 206/999
+        \frac{1}{3} | 0.(3)
+        25 | `25`
+        25 | \textcolor{blue}{25}
+        120 | 5! = 120
+        5 | 5 \quad
+        \frac{3}{2}\cdot 5 | 2\frac{3 \cdot 5}{4}
+    """,
+    "functions of more kinds": r"""
+        (n+1)! | (n+1)\cdot n!
+        \binom{n}{n-2} | \binom{n}{2}
+        \operatorname{csch} x | \frac{1}{\sinh x}
+        \lceil x \rceil | -\lfloor -x \rfloor
+        \lfloor \frac{n}{2} \rfloor + 1 | \lfloor \frac{n+2}{2} \rfloor
+        |x-1000| | |1000-x|
+        2\ln|x| | \ln x^2
+        \sqrt{1/n} | \frac{1}{\sqrt{n}}
+        \sum_{k=0}^{n} \frac{1}{k!} | \sum\limits_{k=0}^n\frac{1}{k!}
+        \int_0^1 x^2\,dx | \int_{0}^{1} x^{2} dx
+        x f(x+1) | f(1+x)x
+        \begin{cases} 1 & x>0 \\ 2\end{cases} | \begin{cases} 1, & \text{if } x>0 \\ 2\end{cases}
+        \begin{cases} x=1 \\ y=2 \end{cases} | (1,2)
+        \begin{cases} x=1 \\ y=2 \end{cases} | x=1,\ y=2
+    """,
+    "equations and sets of more kinds": r"""
+        y=\frac{k}{x} | xy=k
+        y=\frac{2x+1}{x-1} | xy-y=2x+1
+        x+y<\sqrt{2} | \sqrt{2}x+\sqrt{2}y<2
+        x>2 \text{ or } x<-2 | |x|>2
+        -5<x<1 | |x+2|<3
+        x<3 | 2x+1<7
+        (0,1) | ]0,1[
+        n \equiv 1 \pmod 3 | n\equiv1\ (\mathrm{mod}\ 3)
+        k\pi-\frac{\pi}{6}, k\in\mathbb{Z} | -\frac{\pi}{6}+k\pi\ (k\in \mathbf{Z})
+        x=\frac{\pi}{4}+n\pi, n\in\mathbb{Z} | n \in \mathbb{Z}, \frac{\pi}{4}+\pi n
+        \bar{x}=4, \bar{y}=2 | \bar{y}=2 \text{ and } \bar{x}=4
+        \begin{pmatrix}1&2\\3&4\end{pmatrix} | \frac12\begin{pmatrix}2&4\\6&8\end{pmatrix}
+    """,
 }
 WRONG = r"""
+    5 | -A = 5
+    5 | -\theta = 5
+    12 | -\alpha\beta = 12
+    \frac{1}{3} | -P(A) = \frac{1}{3}
+    11 | a+b = 12
+    5 | 2x = 5
+    9 | \theta^\theta = 9
+    9 | x^2 = 9
+    3 | \frac{1}{R} = 3
+    2x | x = 2x
+    x+y=5 | 5
+    5 | -1 = 5
+    5 | 5 \approx 6
+    4 | f(4) = 3
+    P(A) = \frac12 | P(B) = \frac12
+    5 | 5 \text{ halves}
+    2 | 2 \text{ thirds}
+    5 | 5 \text{ squared}
+    5 | 5 \text{ dozen}
+    5 | 5 \text{ factorial}
+    5 | 5 \text{ minus one}
+    5 | 5 \text{ below zero}
+    5 | 5 \text{ percent of 40}
+    5 | 5 \text{ billionths}
+    5 | 5 \text{ is wrong}
+    5 | 5 \text{ if even, else 4}
+    5 | 5 \text{ perhaps 4}
+    5 | 5 \text{ maybe}
+    5 | 5 \text{ vs 6}
+    5 | 5 \text{ to 6}
+    5 | 5 \text{ can't be}
+    5 | 5 \text{ rejected}
+    8 | 3+5\text{i}
+    2 | 2\text{x}
+    13 | 13st
+    5 \text{ J} | 5 \text{ N}
+    5 \text{ kHz} | 5 \text{ MHz}
+    5 \text{ mg} | 5 \text{ kg}
+    \$5 | 5 \text{ cents}
+    5 \text{ ms} | 5 \text{ s}
+    5 \text{ cm}^2 | 5 \text{ cm}^3
+    5 \text{ m} | 5 \text{ m}^2
+    5 \text{ W} | 5 \text{ kW}
+    5 \text{ MW} | 5 \text{ mW}
+    30^\circ C | 30^\circ F
+    5 \text{ boys} | 5 \text{ girls}
+    32 | 2 \text{ h } + 30 \text{ min}
+    1000 | 20\%\cdot 50
+    0.25 | 25\%
+    \text{Yes} | \text{Not yes}
+    \text{even} | \text{not even}
+    A | A: not b
+    A | A: c
+    A | (A) is wrong
+    A | (A), (b), (c), (d)
+    5 | \cancel{5}
+    15 | ~~15~~
+    f(x) | f(-x)
+    f_{12}(x) | f_{21}(x)
+    f(x+1) | f(x-1)
+    x | \max(x, 0)
+    x | \max(x, -1000000000)
+    x | \min(x, 2^{100})
+    x | |x+10^{12}|-10^{12}
+    x^2+x | |x^2+x|
+    x^2 | x|x|
+    \lfloor n\rfloor + 1 | \lceil n\rceil
+    2^{\lceil n/2\rceil} | 2^{\lfloor n/2\rfloor+1}
+    n | n+\lfloor n/10^9\rfloor
+    -1 | \lfloor x\rfloor+\lfloor -x\rfloor
+    e^x | e^x+\sin(32\pi x)
+    7 | 7+\sin(32\pi x)
+    \sqrt{2} | \sqrt{2+10^{-150}}
+    \sqrt{2} | \sqrt{2+10^{-400}}
+    0 | \sqrt{10^{240}+1}-10^{120}
+    0 | e^{-1000}
+    1 | 1+e^{-1000}
+    1 | \tanh(1000)
+    1 | \cos(10^{-200})
+    e | (1+10^{-200})^{10^{200}}
+    262537412640768744 | e^{\pi\sqrt{163}}
+    2x+3y=1 | x=x
+    x^2+y^2=25 | xy=yx
+    x^2=x | x=1
+    y=\frac{k}{x} | xy=2k
+    x>2 \text{ or } x<-2 | |x|\ge 2
+    x>2 \text{ or } x<-2 | |x|<2
+    x>1 \text{ or } x<2 | x>1, x<2
+    (1,2) | (1,2) \text{ or } (2,1)
+    n \equiv 1 \pmod 3 | n \equiv 2 \pmod 3
+    n \equiv 1 \pmod 3 | n \equiv 1 \pmod 4
+    \sum_{k=0}^{n} k | \sum_{k=1}^{n} k^2
+    \int_0^1 x^2\,dx | \int_0^2 x^2\,dx
+    \begin{cases} 1 & x>0 \\ 2 & x\le 0\end{cases} | \begin{cases} 2 & x>0 \\ 1 & x\le 0\end{cases}
+    \begin{cases} x=1 \\ y=2 \end{cases} | (2,1)
+    1,1,2 | 1,2,2
+    1,000,000 | 1,000
+    4,096 | 4, 96
+    1, 234 | 1234
+    x^{2y} | x^2y\text{}
+    \sin x | \sin(x, y)
+    2^6 3^5 | 2^6 3^6
+    3e+2 | 302
+    (n+1)! | n \cdot n!
+    3.00 | \sqrt{9.02}
     5 | 5, 5
     3 | three hundred
     6 | 6\text{ million}
@@ -495,7 +688,7 @@ WRONG = r"""
     \emptyset | 0
     0 | \emptyset
     \text{none} | 0
-    30^\circ | \frac{\pi}{6}
+    30^\circ | \frac{\pi}{3}
     \sin 30 | \sin 30^\circ
     \pi | \frac{22}{7}
     \pi | 3.14
@@ -730,13 +923,36 @@ def test_random_lists_tuples_and_polynomials(values, rng):
     assert not right(expanded + "+1/1000000", factors)
 
 
+def points_of(answer, gold):
+    """The points at which an answer and a gold one are compared."""
+    return Values(parse(normalise(answer)), parse(normalise(gold))).points
+
+
 def test_the_sample_points_cannot_be_played():
-    """An answer that is wrong everywhere but at the points where functions are compared."""
-    points = [Fraction(p, 32) for p in PRIMES[:POINTS]]
-    bump = "".join(rf"(x-\frac{{{p.numerator}}}{{{p.denominator}}})" for p in points)
-    assert not right(f"x^2+{bump}", "x^2")
-    assert not right(rf"\frac{{1}}{{x+{bump}}}", r"\frac{1}{x}")
-    assert not right(f"y=x+{bump}", "y=x")
+    """An answer that is wrong everywhere but where functions are compared: at points that stand in
+    the code, or that an earlier comparison drew."""
+    for gold in ("x^2", "e^x", r"\sin x"):
+        drawn = [point["x"] for point in points_of(f"{gold}+1", gold)]
+        bump = "".join(f"(x-({MP.nstr(x, 40)}))" for x in drawn[:4])
+        assert [point["x"] for point in points_of(f"{gold}+{bump}", gold)] != drawn
+        assert not right(f"{gold}+{bump}", gold)
+        assert not right(rf"{gold}+\sin(x){bump}", gold)
+        assert not right(rf"{gold}+\sin({bump})", gold)
+
+
+def test_the_sample_points_are_everywhere():
+    """Points that are all positive, all above 1, or all multiples of 1/32."""
+    for gold in ("x+y", "xy", r"\sin x + y"):
+        points = points_of(gold, f"{gold}+1")
+        assert len(points) == len(RANGES)
+        for name in "xy":
+            values = [point[name] for point in points]
+            assert min(values) < -1 and max(values) > 100 and any(0 < x < 1 for x in values)
+            assert any(-1 < x < 0 for x in values)
+            assert all(x * 2**40 != MP.floor(x * 2**40) for x in values)
+        assert any(point["x"] * point["y"] < 0 for point in points)
+    far = [point["x"] for point in points_of("|x-10^{30}|", "x")]
+    assert min(far) < -(10**30) and max(far) > 10**30
 
 
 # ---- Hostile input -------------------------------------------------------------------------------
@@ -788,11 +1004,9 @@ def test_bombs(name):
 def test_bounds_are_by_construction(name):
     """A bomb that only the interpreter stops, by its recursion limit or for want of memory."""
     for text in (BOMBS[name], "(" * 240 + "1" + ")" * 240, r"\sin" * 480, "1" + "^x" * 240):
-        try:
-            tree, _ = parse(normalise(text))
+        with contextlib.suppress(ValueError):
+            tree = parse(normalise(text))
             Values(tree).of(tree)
-        except ValueError:
-            pass
 
 
 def test_expansion_is_bounded():
@@ -864,11 +1078,11 @@ def test_no_module_of_the_verifier_evaluates_text():
     """`eval` or one of sympy's doors to it, behind which a completion may run code."""
     banned = {"eval", "exec", "sympify", "S", "parse_expr", "parse_latex", "lambdify"}
     banned |= {"simplify", "solve", "equals", "__import__", "getattr", "Symbol", "Poly"}
-    for name in ("eval_math", *(f"verifier/{part}" for part in PARTS)):
-        tree = ast.parse((HOUSE / f"{name}.py").read_text(encoding="utf-8"))
+    for path in (HOUSE / "eval_math.py", *(HOUSE / "verifier").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         called = [n.func for n in ast.walk(tree) if isinstance(n, ast.Call)]
         names = {f.id if isinstance(f, ast.Name) else getattr(f, "attr", "") for f in called}
-        assert not names & banned, name
+        assert not names & banned, path
 
 
 # ---- Labelled answers and every gold -------------------------------------------------------------
@@ -899,13 +1113,26 @@ def test_labelled_answers():
     for thread in threads:
         thread.join()  # their verdicts are mixed: as many must be right as before
     assert all(fast for _, fast in verdicts[: len(cases)])
-    labels = [case["label"] for case in cases]
     alone = [verdict for verdict, _ in verdicts[: len(cases)]]
     assert not [c["id"] for c, v in zip(cases, alone, strict=True) if v and not c["label"]]
-    hostile = [c["kind"] in ("hostile", "awkward") for c in cases]
-    misses = [h for h, v, label in zip(hostile, alone, labels, strict=True) if v != label]
-    assert not any(misses) and len(misses) <= 0.01 * len(cases)
+    assert not [c["id"] for c, v in zip(cases, alone, strict=True) if v != c["label"]]
     assert sum(v for v, _ in verdicts[len(cases) :]) == 2 * sum(alone)
+
+
+@needs_shared
+def test_attacks():
+    """Answers that were written to fool this verifier, and what a careful human accepts beside
+    them: one false positive undoes the rest, one hang stops a run."""
+    cases = [case for case in read(ATTACKS) if case["kind"] != "convention"]
+    wrong = []
+    for case in cases:
+        started = time.thread_time()
+        verdict = verify(case["completion"], case["gold"], case["kind"] != "fallback")
+        assert time.thread_time() - started < 0.2, case["id"]
+        if verdict != case["label"]:
+            wrong.append(case)
+    assert not [case["id"] for case in wrong if not case["label"]]
+    assert len(wrong) <= 0.03 * len(cases)
 
 
 STYLES = [

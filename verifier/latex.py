@@ -1,68 +1,67 @@
 """From the LaTeX of an answer to a tree: recursive descent over the tokens of spellings.py.
 
 A tree is a tuple of its kind and its parts: num (Fraction, decimals), var (name), +, *, ^, pi, e,
-i, inf, fn (name, arguments), pm, mp, text (words), list, or, set, span (open, close, items: a tuple
-or interval), rel (operators, sides), cup, cap, setminus, ratio, base (digits, base), matrix, row.
+i, inf, fn (name, arguments), of (quantity, units), pm, mp, text (words), list, or, set, span (open,
+close, items: a tuple or interval), rel (operators, sides), mod, cup, cap, setminus, ratio, matrix,
+row, case (value, condition).
 """
 
 import itertools
 import re
 from fractions import Fraction
 
-from verifier.spellings import ALPHABET, MEASURE, tokens
-from verifier.values import NAMES, TRIG, walk
+from verifier.spellings import ALPHABET, tokens
+from verifier.units import CURRENCIES, UNIT, read_unit
+from verifier.values import BOUNDED, FUNCTIONS, REAL, TRIG, walk
 
 MAX_NESTING = 50
-MAX_NAME = 1000  # characters: an index in an index has twice as many
 BINDING = [  # the loosest first
-    r"\over \choose", "; , and or", r"= < > <= >= != \in \approx", r"\cup \cap \setminus", ":",
-    r"- + \pm \mp", "* /",
+    r"\over \choose", "; , and or", r"\pmod", r"= < > <= >= != \in \approx \equiv \to",
+    r"\cup \cap \setminus", ":", r"- + \pm \mp", "* /", "functions", "powers", "atoms",
 ]  # fmt: skip
 LEVEL = {op: level for level, ops in enumerate(BINDING) for op in ops.split()}
-RELATIONS, SIGNS = BINDING[2].split(), BINDING[5].split()
-PREFIX = len(BINDING)  # the level of what a sign or a function takes: 2x^2, but no product
+SIGNS = BINDING[6].split()
+PREFIX, POWER, ATOM = LEVEL["functions"], LEVEL["powers"], LEVEL["atoms"]  # what these take
 CLOSERS = {"(": ") ]", "[": "] )", "{": "}", r"\{": r"\}", r"\langle": r"\rangle"}
 MINUS = ("num", Fraction(-1), 0)
 DEGREE = ("*", ("pi",), ("num", Fraction(1, 180), 0))
 CONSTANT = {r"\pi": ("pi",), "e": ("e",), "i": ("i",), r"\infty": ("inf",), r"\emptyset": ("set",)}
 CONSTANT[r"\mathbb{R}"] = ("span", "(", ")", ("*", MINUS, ("inf",)), ("inf",))
+CONSTANT[r"\mathbb{Z}"] = ("integers",)
+NAMED = {*FUNCTIONS, *BOUNDED, *REAL, "gcd", "lcm"}
 STARTS = {"|", r"\frac", r"\binom", r"\sqrt", r"\lfloor", r"\lceil", *CLOSERS, *CONSTANT}
-STARTS |= ALPHABET | {"\\" + name for name in NAMES}
+STARTS |= ALPHABET | {"\\" + name for name in NAMED}
+LISTS = ("list", "or", "set")
+KINDS = dict.fromkeys([",", ";", "and"], "list") | {":": "ratio", r"\pmod": "mod"}
 
 
 def number(text: str):
-    """Return a numeral's tree: its value and number of decimals. ValueError if it is too long."""
-    mantissa, _, exponent = text.replace(",", "").lower().partition("e")
-    if len(exponent) > 5 or abs(int(exponent or 0)) > 5000:
-        raise ValueError("a long numeral")
-    value = Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
-    return "num", value, len(mantissa.partition(".")[2])
+    """Return a numeral's tree: its value and number of decimals."""
+    text = text.replace(",", "").lower()
+    return "num", Fraction(text), len(text.partition("e")[0].partition(".")[2])
 
 
 def signed(op, tree):
     """Return the tree of a sign before a tree."""
-    if op in (r"\pm", r"\mp"):
-        return op[1:], tree
-    negative = ("num", -tree[1], tree[2]) if tree[0] == "num" else ("*", MINUS, tree)
-    return tree if op == "+" else negative
+    if op == "-":
+        return ("num", -tree[1], tree[2]) if tree[0] == "num" else ("*", MINUS, tree)
+    return tree if op == "+" else (op[1:], tree)
 
 
 def join(op, a, b):
     """Return the tree of a binary operator."""
     if op in (r"\pm", r"\mp", "-"):
         return join("+", a, signed(op, b))
-    if op in ("/", r"\over", r"\frac"):
+    if op in ("/", r"\over"):
         return join("*", a, ("^", b, MINUS))
-    if op in (r"\choose", r"\binom"):
+    if op == r"\choose":
         return "fn", "binom", a, b
-    if op in RELATIONS:
+    if LEVEL[op] == LEVEL["="]:
         ops, *sides = a[1:] if a[0] == "rel" else ((), a)
         return "rel", (*ops, op), *sides, b
-    if op == "*" and b[0] == "matrix" and all(part[0] != "matrix" for part in walk(a)):
-        return "matrix", *(("row", *(join("*", a, x) for x in row[1:])) for row in b[1:])
-    if op == "and" and a[0] == b[0] == "rel" and not {*a[1], *b[1]} & {"=", r"\approx"}:
+    if op == "and" and a[0] == b[0] == "rel" and not {*a[1], *b[1]} & {"=", r"\approx", r"\in"}:
         op = r"\cap"  # x > 1 and x < 2
-    kind = {";": "list", ",": "list", "and": "list", ":": "ratio"}.get(op, op.lstrip("\\"))
+    kind = KINDS.get(op, op.lstrip("\\"))
     return kind, *(a[1:] if a[0] == kind else (a,)), b
 
 
@@ -72,11 +71,11 @@ class Parser:
     def __init__(self, found: list[str]):
         self.tokens = found
         self.i = self.depth = self.bars = 0  # bars: open ones | of absolute values
-        self.degree = False  # whether a degree sign is pi/180, as in a sine
-        self.measures = set()  # units that both answers must share if both name some
+        self.radians = any(token[1:] in TRIG for token in found)  # then a degree is pi/180
 
-    def peek(self, ahead=0) -> str:
-        return self.tokens[self.i + ahead] if self.i + ahead < len(self.tokens) else ""
+    def peek(self) -> str:
+        """Return the next token, "" behind the last."""
+        return self.tokens[self.i] if self.i < len(self.tokens) else ""
 
     def take(self, *expected) -> str:
         """Return the next token and go past it; ValueError if none of these is next."""
@@ -86,28 +85,32 @@ class Parser:
         self.i += 1
         return token
 
-    def starts(self) -> bool:
-        """Return whether the next token can be a factor, as in 2x."""
+    def starts(self, left=("num",)) -> bool:
+        """Return whether the next token can be a factor: x in 2x, and behind a power a number."""
         token = self.peek()
-        ends = token in LEVEL or (token == "|" and self.bars)
-        return not ends and (token in STARTS or token.isalpha() or token.startswith(r"\begin"))
+        if token in LEVEL or (token == "|" and self.bars):
+            return False
+        last = left[-1] if left[0] == "*" else left
+        if token[:1].isdigit():  # 2^6 3^5, but not 1/2 3
+            return last[0] == "^" and last[2] != MINUS
+        return token in STARTS or token.isalpha() or token.startswith(r"\begin")
 
     def expression(self, level=0):
         """Return the tree of all that binds at least as tightly as this level."""
         self.depth += 1
         if self.depth > MAX_NESTING:
             raise ValueError("nested too deeply")
-        sign = self.take() if self.peek() in SIGNS else ""
-        left = signed(sign, self.expression(PREFIX)) if sign else self.scripts(self.atom())
+        if self.peek() in SIGNS:
+            left = signed(self.take(), self.expression(PREFIX))
+        else:
+            left = self.atom() if level == ATOM else self.scripts(self.atom())
         while True:
             op = self.peek()
             if LEVEL.get(op, -1) >= level:
-                while self.take() in ",;" and self.peek() in ("and", "or"):
-                    op = self.peek()  # "1, 2, and 3"
-                left = join(op, left, self.expression(LEVEL[op] + 1))
-            elif op.startswith("text:"):
-                left = self.unit(left)
-            elif level < PREFIX and self.starts():
+                left = join(self.take(), left, self.expression(LEVEL[op] + 1))
+            elif (op[:5] == "text:" or op == r"\deg") and level <= LEVEL["-"]:
+                left = self.unit(left)  # it belongs to the whole sum or product before it
+            elif level < PREFIX and self.starts(left):
                 left = join("*", left, self.expression(PREFIX))
             else:
                 break
@@ -115,137 +118,123 @@ class Parser:
         return left
 
     def unit(self, left):
-        """Return a quantity without the unit that follows it, or a text with one word more."""
+        """Return a quantity of the unit that follows it; ValueError if its parts have others."""
         word = self.take().removeprefix("text:")
-        if left[0] == "text":
-            return "text", left[1] + word
-        if re.search(r"\b(?:or|and|not|\w+illions?|thousand|hundred)\b", word):
-            raise ValueError("no unit")
-        self.measures |= {MEASURE[w] for w in re.findall("[a-z]+", word) if w in MEASURE}
-        if self.peek() == "^":
-            self.take()
-            self.argument()  # cm^2
-        if self.peek() == "/" and self.peek(1).removeprefix("text:") in MEASURE:
-            self.i += 2  # m/s
-        return left
+        units = read_unit(word.replace(r"\deg", "degree"))
+        if left[0] == "of":  # $5 per month
+            return "of", left[1], units | left[2]
+        if left[0] == "+" and any(part[0] == "of" and part[2] != units for part in left[1:]):
+            raise ValueError("a sum of other units")  # 2 h + 30 min
+        return ("of", left, units) if units else left
 
     def scripts(self, base):
         """Return an atom with the powers, factorials and degrees that stand behind it."""
-        while self.peek() in ("^", "**", "!", r"\deg", "%"):
+        while self.peek() in ("^", "**", "!") or (self.radians and self.peek() == r"\deg"):
             op = self.take()
-            if op in ("^", "**", "!"):
-                base = ("fn", "!", base) if op == "!" else ("^", base, self.argument())
-            elif op == r"\deg" and self.degree:  # in a sine
+            if op == r"\deg":
                 base = join("*", base, DEGREE)
+            elif op == "!":
+                base = "fn", "!", base
             else:
-                self.measures.add("percent" if op == "%" else "degree")
+                base = "^", base, self.expression(ATOM if self.peek() == "{" else POWER)
         return base
-
-    def argument(self, digit=False):
-        """Return an exponent or argument: a group or a token (with `digit`, \\frac12 is a half)."""
-        token = self.peek()
-        if digit and token.isdigit():
-            self.tokens[self.i : self.i + 1] = token  # a token for each digit
-            return number(self.take())
-        return self.group() if token == "{" else self.expression(PREFIX + 1)
 
     def group(self):
         """Return what stands in brackets: a tree, a set, or a span: a tuple or an interval."""
         opener = self.take()
-        bars, self.bars = self.bars, 0
         inner = ("list",) if opener + self.peek() == r"\{\}" else self.expression()
         closer = self.take(*CLOSERS[opener].split())
-        self.bars = bars
         members = inner[1:] if inner[0] == "list" else (inner,)
         if (opener == r"\{" and inner[0] != "rel") or (opener == "{" and len(members) > 1):
             return "set", *members
         return inner if len(members) == 1 else ("span", opener, closer, *members)
 
     def atom(self):
-        token = self.peek()
-        if token in CLOSERS:
+        """Return the tree of a number, a name, a function, or of what brackets or bars hold."""
+        if self.peek() in CLOSERS:
             return self.group()
-        self.take()
-        if token[:1].isdigit() or token[1:2].isdigit():
-            return self.numeral(token)
+        token = self.take()
+        if token[0].isdigit() or token[1:2].isdigit():
+            return number(token)
+        # 1. Absolute values, floors, and ceilings: -floor(-x).
         if token in ("|", r"\lfloor", r"\lceil"):
             self.bars += token == "|"
             inner = self.expression()
             self.bars -= token == "|"
             self.take(token.replace("l", "r", 1))
-            return "fn", {"|": "abs"}.get(token, token[2:]), inner
+            if token == r"\lceil":
+                return signed("-", ("fn", "floor", signed("-", inner)))
+            return "fn", "abs" if token == "|" else "floor", inner
+        # 2. Macros with arguments.
         if token in (r"\frac", r"\binom"):
-            return join(token, self.argument(digit=True), self.argument(digit=True))
+            op = "/" if token == r"\frac" else r"\choose"
+            return join(op, self.expression(ATOM), self.expression(ATOM))
         if token == r"\sqrt":
             index = self.group() if self.peek() == "[" else ("num", Fraction(2), 0)
-            return "^", self.argument(), ("^", index, MINUS)
-        if token.startswith(r"\begin"):
+            return "^", self.expression(ATOM), ("^", index, MINUS)
+        if token.startswith(r"\begin{"):
             return self.matrix(token)
+        # 3. Words, a price before its number, and names.
         if token.startswith("text:"):
-            return "text", token[5:]
-        if token[1:] in NAMES:
+            word = token[5:]
+            if UNIT.get(word) in CURRENCIES and self.peek():
+                return "of", self.expression(PREFIX), read_unit(word)
+            return "text", word.casefold()
+        if token[1:] in NAMED:
             return self.function(token[1:])
-        return CONSTANT[token] if token in CONSTANT and self.peek() != "_" else self.name(token)
-
-    def numeral(self, token):
-        """Return a number; 1\\frac{1}{2} is a mixed one, and 52_8 one in base 8."""
-        if self.peek() == "_":
-            self.take()
-            return "base", token.lstrip("0"), self.argument()
-        if self.peek() != r"\frac" or not token.isdigit():
-            return number(token)
-        part = self.atom()
-        top, bottom = part[1], part[2][1]  # of ("*", top, ("^", bottom, -1))
-        is_mixed = top[0] == bottom[0] == "num" and 0 < top[1] < bottom[1]
-        return join("+" if is_mixed else "*", number(token), part)
+        return CONSTANT[token] if token in CONSTANT else self.name(token)
 
     def name(self, token):
         """Return a variable with its index and primes, or a function of something: f(x)."""
         if not (token.isalpha() or token in ALPHABET):
             raise ValueError(f"unexpected {token!r}")
-        if self.peek() == "_":
-            self.take()
-            token += f"_{self.argument()}"
-            if len(token) > MAX_NAME:
-                raise ValueError("a long name")
+        is_function = token[0] in "fgh"
+        if self.peek() == "_":  # one flat text: x_{i,j} is the variable "x_i,j"
+            parts = [self.take(), self.take()]
+            while parts.count("{") > parts.count("}"):
+                parts.append(self.take())
+            token += "".join(part.removeprefix("text:").strip("\\{} ") for part in parts)
         while self.peek() == "'":
             token += self.take()
-        if self.peek() == "(" and token[0] in "fg":
+        # P(A) or p(x) is no product if an equation defines it.
+        inside, defined, _ = " ".join(self.tokens[self.i + 1 : self.i + 12]).partition(" ) =")
+        is_function = is_function or (defined and not set(inside) & set("+*/^("))
+        if is_function and self.peek() == "(":
             return "fn", token, *arguments(self.group())
-        if self.peek() == "(" and self.peek(2) == ")" and self.peek(3) == "=":
-            token += self.take() + self.take() + self.take()  # p(x) = ...
         return "var", token
 
     def function(self, name):
-        """Return \\sin^2 x or \\log_2 8: the power is the value's, and 2x is one argument."""
-        scripts = {}
-        while self.peek() in ("^", "_"):
+        """Return \\sin^2 x, \\log_2 8 or \\sum_{k=1}^n k: 2x is one argument."""
+        scripts = {"_": (), "^": ()}
+        while self.peek() in scripts:
             mark = self.take()
-            scripts[mark] = self.argument()
-        power = scripts.pop("^", None)
-        outer, self.degree = self.degree, self.degree or name in TRIG
+            scripts[mark] = (self.expression(ATOM),)
+        below, above = scripts.values()
         closed = self.peek() in ("(", "[", "{", "|")
         argument = self.expression(PREFIX)
-        while not closed and self.starts() and self.peek()[1:] not in NAMES:
+        while not closed and self.starts() and self.peek()[1:] not in NAMED and self.peek() != "d":
             argument = join("*", argument, self.expression(PREFIX))
-        self.degree = outer
-        if power == MINUS and name in TRIG:
-            name, power = "arc" + name, None
-        tree = ("fn", name, *arguments(argument), *scripts.values())
-        return ("^", tree, power) if power else tree
+        if above == (MINUS,) and name in TRIG:
+            return "fn", "arc" + name, argument
+        tree = ("fn", name, *arguments(argument), *below)
+        if name in BOUNDED:
+            return *tree, *above
+        return ("^", tree, *above) if above else tree
 
     def matrix(self, token):
-        """Return the rows up to the \\end of this \\begin."""
-        if not re.match(r"\\begin\{(?:[pb]?matrix|smallmatrix|array)\}", token):
-            raise ValueError(f"no matrix: {token}")
-        end = token.split("}")[0].replace("begin", "end") + "}"
-        rows = [("row", self.expression())]
-        while (mark := self.take("&", r"\\", end)) != end:
-            if mark == "&":
-                rows[-1] += (self.expression(),)
-            elif self.peek() != end:
-                rows.append(("row", self.expression()))
-        return "matrix", *rows
+        """Return the rows up to the \\end of this \\begin: a matrix, or a list of cases."""
+        end = re.sub(r"\\begin(\{\w+\}).*", r"\\end\1", token)
+        rows = []
+        mark = r"\\"
+        while mark != end:
+            if mark == r"\\":
+                rows.append(("row",))
+            rows[-1] += (self.expression(),)
+            mark = self.take("&", r"\\", end)
+        if "cases" not in token:
+            return "matrix", *rows
+        # Equations, or values with their conditions.
+        return "list", *(row[1] if len(row) == 2 else ("case", *row[1:]) for row in rows)
 
 
 def arguments(tree):
@@ -255,17 +244,14 @@ def arguments(tree):
 
 def items(tree):
     """Return the members of a list or a set; anything else is its only member."""
-    is_list = tree[0] in ("list", "or", "set") and not (len(tree) == 2 and tree[1][0] == "set")
-    return list(tree[1:]) if is_list else [tree]
+    return list(tree[1:]) if tree[0] in LISTS else [tree]
 
 
 def spread(tree):
     """Return a tree without plus-minus: with it, the list of all that it says."""
-    if tree[0] in ("list", "or", "set"):
-        parts = [(part, spread(part)) for part in tree[1:]]
-        members = [[part] if said == part else items(said) for part, said in parts]
-        return tree[0], *itertools.chain(*members)
     kinds = [part[0] for part in walk(tree) if part[0] in ("pm", "mp")]
+    if kinds and tree[0] in LISTS:
+        return tree[0], *itertools.chain(*(items(spread(part)) for part in tree[1:]))
     if not 0 < len(kinds) < 4:
         return tree
     choices = itertools.product((True, False), repeat=1 if "mp" in kinds else len(kinds))
@@ -287,9 +273,9 @@ def links(tree):
 
 
 def parse(text: str):
-    """Return (tree, measures) of a normalised answer; ValueError if it is no mathematics."""
+    """Return the tree of a normalised answer; ValueError if it is no mathematics."""
     parser = Parser(tokens(text))
     tree = parser.expression()
     if parser.peek():
         raise ValueError("more than one expression")
-    return spread(tree), parser.measures
+    return spread(tree)
