@@ -250,9 +250,12 @@ def test_lines_are_easy(name):
 
 
 def test_the_product_is_small():
-    """Lines that only move from the seven files into a folder."""
+    """Lines that only move from the seven files into a folder; a verifier whose every new reading
+    adds a rule."""
     counts = {path: len(text.splitlines()) for path, text in product().items()}
-    assert sum(counts.values()) < 5000, counts
+    verifier = sum(n for path, n in counts.items() if path.startswith("verifier/"))
+    assert sum(counts.values()) - verifier < 4000, counts
+    assert verifier < 1340, counts
 
 
 # ---- READMEs -------------------------------------------------------------------------------------

@@ -280,7 +280,5 @@ class Comparison(Values):
         return {k: pair for k, pair in pairs if None not in pair}
 
     def unforeseen(self, pairs) -> bool:
-        """Return whether these points are enough: two, and for |x - 1000| one beyond all numbers;
-        none are for steps."""
-        beyond = any(k >= len(RANGES) for k in pairs) or not self.kinks
-        return len(pairs) > 1 and beyond and not self.steps
+        """Return whether these points are enough: two, and for |x - 9| one far away."""
+        return len(pairs) > 1 and (not self.kinks or max(pairs) >= len(RANGES))

@@ -10,17 +10,12 @@ import math
 
 from sympy import QQ, ring
 
-from verifier.values import MP, Values, walk
+from verifier.values import Values
 
 MAX_BITS = 20_000  # of a coefficient
 MAX_POWER = 60  # of a sum that is multiplied out
 RING, *UNKNOWNS = ring([f"x{i}" for i in range(16)], QQ)
 MAX_CANCEL = 2000  # product of the degrees of what is cancelled
-
-
-def rounded(x):
-    """Return a value without its last bits, which depend on the order of a sum."""
-    return x if MP.isinf(x) else MP.ldexp(MP.nint(MP.ldexp(x, 400)), -400)
 
 
 def bits(p) -> int:
@@ -76,17 +71,10 @@ class Proof:
             return (top, bottom) if exponent > 0 else (bottom, top)
         if kind == "var":
             return self.unknown(tree), RING.one
-        # Anything else is an unknown; floor(u) is n + floor(u - n), for n at the first point.
-        inner = [part for part in parts if isinstance(part, tuple)]
-        values = [tuple(self.values.of(part)) for part in inner]
-        if any(part[:2] == ("fn", "floor") for side in inner for part in walk(side)):
-            raise ValueError("steps in steps")
+        # Anything else is an unknown.
+        values = [tuple(self.values.of(part)) for part in parts if isinstance(part, tuple)]
         if any(sum(x is not None for x in found) < 2 for found in values):
             raise ValueError("no values")
-        if parts[:1] == ["floor"] and values[0][0] is not None:
-            n = int(MP.floor(values[0][0]))
-            rest = [x if x is None else rounded(x - n) for x in values[0]]
-            return self.unknown(("floor", *rest)) + n, RING.one
         return self.unknown((kind, *parts[:1] * (kind == "fn"), *values)), RING.one
 
     def unknown(self, key):

@@ -15,7 +15,7 @@ MAX_SIZE = 480  # bits of all numbers in both trees: so many may cancel, as in s
 TRIG = {"sin", "cos", "tan", "csc", "sec", "cot"}
 REAL = {"max": max, "min": min}
 BOUNDED = {"sum", "prod", "int", "lim"}  # these are not computed: equal only if they read alike
-BENDING = [("fn", "abs"), ("fn", "max"), ("fn", "min"), ("fn", "arctan")]
+BENDING = [("fn", "floor"), ("fn", "abs"), ("fn", "max"), ("fn", "min"), ("fn", "arctan")]
 TINY, LIMITS = (
     2**-80,
     {"arctan": 2**600, "exp": 10**6, "!": 3000, "sinh": 100, "cosh": 100, "tanh": 100},
@@ -60,11 +60,13 @@ def is_whole(tree) -> bool:
     return tree[0] == "num" and tree[1].denominator == 1
 
 
-def is_linear(tree) -> bool:
-    """Return whether the arguments of a function are linear: |x - 1| bends once."""
-    parts = [part for inner in tree[2:] for part in walk(inner)]
-    factors = [sum(map(bool, map(variables, part[1:]))) for part in parts if part[0] == "*"]
-    return {part[0] for part in parts} <= {"num", "var", "+", "*"} and max(factors, default=0) < 2
+def degree(tree) -> int:
+    """Return 0 for a constant, 1 for a linear function, and 2 or more for any other."""
+    kind, *parts = tree
+    degrees = [degree(part) for part in parts if isinstance(part, tuple)]
+    if kind in ("var", "+"):
+        return max(degrees, default=1)
+    return sum(degrees) * (1 if kind == "*" else 2)
 
 
 def close(x, y) -> bool:
@@ -80,13 +82,15 @@ class Values:
 
     def __init__(self, *trees, work=MAX_WORK):
         parts = [part for tree in trees for part in walk(tree)]
-        called = {part[1] for part in parts if part[0] == "fn"}
+        bends = [part for part in parts if part[:2] in BENDING and degree(part)]
         roots = [part[1] for part in parts if part[0] == "^" and not is_whole(part[2])]
-        bends = [part for part in parts if part[:2] in BENDING]
         self.names = sorted({part[1] for part in parts if part[0] == "var"})
         self.real = ("i",) not in parts  # then a root of -1 is outside of a function's domain
-        self.kinks = bool(bends) or any(map(variables, roots))
-        self.steps = "floor" in called or not all(map(is_linear, bends))
+        # What steps, and what bends in a way of its own, agrees with others almost everywhere:
+        # floor(x) and |x^2 - 2| are unknown functions. |x - 1000| bends only once.
+        bend_once = [x for x in bends if x[1] != "floor" and max(map(degree, x[2:])) < 2]
+        self.unclear = {*map(id, bends)} - {*map(id, bend_once)}
+        self.kinks = bool(bend_once) or any(map(degree, roots))
         self.work = work
         self.cache = {}
         self.draw = random.Random(repr(trees))
@@ -94,20 +98,19 @@ class Values:
         self.points = [{}]
         size = sum(map(self.size, trees))
         self.blind = size > MAX_SIZE  # more digits may cancel than are computed
-        # |x - 1000| bends where it likes: so there are points beyond all numbers, too.
+        # Points, for what bends once also beyond all numbers on either side.
         far = 2 ** min(size + 10, MAX_SIZE)
         ranges = RANGES + [(far, 2 * far), (-2 * far, -far)] * self.kinks
         self.points = [{} for _ in ranges] if self.names else [{}]
-        for (k, point), (j, name) in itertools.product(
-            enumerate(self.points), enumerate(self.names)
-        ):
+        cells = itertools.product(range(len(self.points)), enumerate(self.names))
+        for k, (j, name) in cells:
             low, high = ranges[k]
             sign = {4: (-1) ** j, 5: (-1) ** (j // 2)}.get(k, 1)  # two points have both signs
             share = MP.mpf(self.draw.getrandbits(64) + 1) / (2**64 + 1)
-            point[name] = sign * (low + (high - low) * share)
+            self.points[k][name] = sign * (low + (high - low) * share)
 
     def size(self, tree) -> int:
-        """Return the bits of all numbers in a tree together; of a list, those of its largest one."""
+        """Return the bits of all numbers in a tree together; of a list, its largest one's."""
         kind, *parts = tree
         if kind == "num":
             n, d = parts[0].as_integer_ratio()
@@ -161,7 +164,10 @@ class Values:
         if kind not in ("fn", "+", "*", "^"):
             raise ValueError("no number")
         x, *others = [self.value(part, point) for part in parts if isinstance(part, tuple)]
-        if kind == "fn":
+        if id(tree) in self.unclear:
+            whole = MP.floor(x) if parts[0] == "floor" else 0  # floor(x + 1) is floor(x) + 1
+            x = whole + self.unknown(parts[0], x - whole, *others)
+        elif kind == "fn":
             x = self.call(parts[0], x, *others)
         for y in others if kind != "fn" else ():
             self.spend(10)
@@ -225,6 +231,10 @@ class Values:
             if name not in ("exp", "sech", "csch") and abs(result) < CLOSE < TINY < abs(x):
                 return MP.zero
             return result / MP.ln(others[0] if others else 10) if name == "log" else result
-        # 4. f(x): an unknown function, but the same one on both sides.
+        return self.unknown(name, x, *others)
+
+    def unknown(self, name, *values):
+        """Return the value of f(x), the same unknown function on both sides."""
+        self.spend(150)
         draw = random.Random(f"{self.seed} {name}")
-        return MP.sin(sum(MP.mpf(draw.random()) * y for y in (1, x, *others)))
+        return MP.sin(sum(MP.mpf(draw.random()) * y for y in (1, *values)))
