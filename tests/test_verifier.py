@@ -925,7 +925,7 @@ def test_random_lists_tuples_and_polynomials(values, rng):
 
 def points_of(answer, gold):
     """The points at which an answer and a gold one are compared."""
-    return Values(parse(normalise(answer)), parse(normalise(gold))).points
+    return Values(parse(normalise(answer)), parse(normalise(gold))).prepare().points
 
 
 def test_the_sample_points_cannot_be_played():
@@ -1006,7 +1006,7 @@ def test_bounds_are_by_construction(name):
     for text in (BOMBS[name], "(" * 240 + "1" + ")" * 240, r"\sin" * 480, "1" + "^x" * 240):
         with contextlib.suppress(ValueError):
             tree = parse(normalise(text))
-            Values(tree).of(tree)
+            Values(tree).at(tree, 0)
 
 
 def test_expansion_is_bounded():

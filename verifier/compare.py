@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import re
+from fractions import Fraction
 
 from verifier.latex import DEGREE, MINUS, items, join, links, parse
 from verifier.proof import Proof
@@ -15,6 +16,7 @@ MAX_ANSWER = 1000  # characters; no gold answer of MATH is longer than 160
 MAX_ITEMS = 60  # of a list
 SPACES = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")  # that part no two words or numbers
 UNCLEAR = re.compile(r"(?<=[0-9])(,(?=[1-9])|e(?=[+-]))")  # 2,100 may be a list, 2e-1 a difference
+NUMERAL = re.compile(r"-?[0-9]{1,50}(?:[./][0-9]{1,50})?")  # most answers: -12, 0.5 and 1/2
 STRUCTURES = ("span", "matrix", "row", "ratio", "mod", "case")  # compared part by part
 KNOWN = {*FUNCTIONS, *REAL, "floor", "!", "binom"}
 DEGREES = frozenset({("degree", 1)})
@@ -30,6 +32,8 @@ def same_answer(answer: str, gold: str) -> bool:
     gold = normalise(gold)
     if SPACES.sub("", answer) == SPACES.sub("", gold):
         return gold != ""
+    if NUMERAL.fullmatch(answer) and NUMERAL.fullmatch(gold):
+        return Fraction(answer) == Fraction(gold)
     if same_words(answer, gold):
         return True
     # 2. The same mathematics, in one of the readings of each.
@@ -45,9 +49,11 @@ def same_answer(answer: str, gold: str) -> bool:
 def readings(text: str) -> list:
     """Return the one or two trees that a normalised answer may mean."""
     trees = [parse(text)]
-    with contextlib.suppress(ValueError):
-        trees.append(parse(UNCLEAR.sub(r" \1 ", text)))
-    return trees if trees[0] != trees[-1] else trees[:1]
+    other = UNCLEAR.sub(r" \1 ", text)
+    if other != text:
+        with contextlib.suppress(ValueError):
+            trees.append(parse(other))
+    return trees
 
 
 def same_words(answer: str, gold: str) -> bool:
@@ -239,14 +245,18 @@ class Comparison(Values):
             return False
         tree = join("-", *link[1:])
         gold_tree = join("-", *gold_link[1:])
-        pairs = self.pairs(tree, gold_tree)
-        if pairs and all(x and y for x, y in pairs.values()):
-            ratios = [x / y for x, y in pairs.values()]
-            if link[0] in ("<", "<=") and not (MP.im(ratios[0]) == 0 < MP.re(ratios[0])):
-                return False
-            scaled = all(close(ratio, ratios[0]) for ratio in ratios)
-            if scaled and self.unforeseen(pairs):
-                return True
+        points = []
+        factor = None  # of the one to the other
+        for k, x, y in self.pairs(tree, gold_tree):
+            factor = factor or (x and y and x / y)
+            if not (x and y and close(x / y, factor)):
+                points = []
+                break
+            points.append(k)
+        if points and link[0] in ("<", "<=") and not (MP.im(factor) == 0 < MP.re(factor)):
+            return False
+        if self.unforeseen(points):
+            return True
         with contextlib.suppress(ValueError):
             return link[0] in ("=", "!=") and Proof(tree, gold_tree, self).same_zeros()
         return False
@@ -255,30 +265,36 @@ class Comparison(Values):
         """Return whether two trees have the same value or, with variables, are one function."""
         if "text" in (answer[0], gold[0]):
             return False
-        if self.blind:
+        if self.prepare().blind:
             return Proof(answer, gold, self).same() is True
-        pairs = self.pairs(answer, gold)
-        if all(close(x, y) for x, y in pairs.values()):
-            if not self.names:
-                return len(pairs) == 1
-            with contextlib.suppress(ValueError):
-                proven = Proof(answer, gold, self).same()
-                return self.unforeseen(pairs) if proven is None else proven
-            return self.unforeseen(pairs)
-        # A gold decimal stands for the irrational number that it rounds, from three digits on.
-        if gold[0] != "num" or variables(answer):
+        points = []
+        for k, x, y in self.pairs(answer, gold):
+            if not close(x, y):
+                return self.rounds(answer, x, gold, y)
+            points.append(k)
+        if not self.names:
+            return len(points) == 1
+        with contextlib.suppress(ValueError):
+            proven = Proof(answer, gold, self).same()
+            return self.unforeseen(points) if proven is None else proven
+        return self.unforeseen(points)
+
+    def rounds(self, answer, value, gold, decimal) -> bool:
+        """Return whether a gold decimal of at least three digits rounds an irrational number."""
+        if gold[0] != "num" or gold[1].denominator == 1 or variables(answer):
             return False
-        value, decimal = pairs[0]
         scale = 10 ** gold[2]  # 1000 for three decimals
-        if gold[1].denominator == 1 or abs(decimal) * scale < 100 or is_rational(answer):
-            return False
-        return abs(decimal - value) * scale <= 0.5
+        near = abs(decimal - value) * scale <= 0.5
+        return near and abs(decimal) * scale >= 100 and not is_rational(answer)
 
-    def pairs(self, a, b) -> dict:
-        """Return {k: values of both trees at the point k} where both have one."""
-        pairs = enumerate(zip(self.of(a), self.of(b), strict=True))
-        return {k: pair for k, pair in pairs if None not in pair}
+    def pairs(self, a, b):
+        """Yield (k, value of a, value of b) for each point k at which both have one."""
+        for k in range(len(self.prepare().points)):
+            x = self.at(a, k)
+            y = None if x is None else self.at(b, k)
+            if y is not None:
+                yield k, x, y
 
-    def unforeseen(self, pairs) -> bool:
+    def unforeseen(self, points) -> bool:
         """Return whether these points are enough: two, and for |x - 9| one far away."""
-        return len(pairs) > 1 and (not self.kinks or max(pairs) >= len(RANGES))
+        return len(points) > 1 and (not self.kinks or points[-1] >= len(RANGES))

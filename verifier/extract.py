@@ -22,16 +22,18 @@ def extract_answer(text: str, strict=True) -> str | None:
     last = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if strict or last >= 0:
         return last_boxed(text[max(0, last - MAX_BOX) : last + MAX_BOX]) or None
-    # The first sentence behind the last "answer is", in it what is said to be, or a lone number.
+    # The first sentence behind the last "answer is", in it the last formula or a lone number.
     *before, said = STATED.split(text[-1500:])
-    if not before:
-        formulas = FORMULA.findall(said)
-        return "".join(formulas[-1]).strip() if formulas else None
-    said = re.split(r"\.(?:\s|$)|\n|\bI hope\b", said.strip(" *:\n"), maxsplit=1)[0].strip(" *")
-    said = re.split(r"\b(?:is|are)\b", said)[-1].strip()
+    if before:
+        said = re.split(r"\.(?:\s|$)|\n|\bI hope\b", said.strip(" *:\n"), maxsplit=1)[0].strip(" *")
+        said = re.split(r"\b(?:is|are)\b", said)[-1].strip()
+        if HEDGED.search(said):
+            return said
+    formulas = ["".join(parts).strip() for parts in FORMULA.findall(said)]
+    if formulas or not before:
+        return formulas[-1] if formulas else None
     numbers = re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", said)
-    is_prose = len(said.split()) > 2 and not HEDGED.search(said)
-    return (numbers[0] if len(numbers) == 1 and is_prose else said) or None
+    return (numbers[0] if len(numbers) == 1 and len(said.split()) > 2 else said) or None
 
 
 def last_boxed(text: str) -> str | None:

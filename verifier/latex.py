@@ -6,6 +6,7 @@ close, items: a tuple or interval), rel (operators, sides), mod, cup, cap, setmi
 row, case (value, condition).
 """
 
+import functools
 import itertools
 import re
 from fractions import Fraction
@@ -272,6 +273,7 @@ def links(tree):
     return [(op.replace(">", "<"), y, x) if op[0] == ">" else (op, x, y) for op, x, y in found]
 
 
+@functools.lru_cache(maxsize=64)  # a gold answer is asked for many times
 def parse(text: str):
     """Return the tree of a normalised answer; ValueError if it is no mathematics."""
     parser = Parser(tokens(text))

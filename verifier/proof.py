@@ -72,7 +72,9 @@ class Proof:
         if kind == "var":
             return self.unknown(tree), RING.one
         # Anything else is an unknown.
-        values = [tuple(self.values.of(part)) for part in parts if isinstance(part, tuple)]
+        inner = [part for part in parts if isinstance(part, tuple)]
+        points = range(len(self.values.points))
+        values = [tuple(self.values.at(part, k) for k in points) for part in inner]
         if any(sum(x is not None for x in found) < 2 for found in values):
             raise ValueError("no values")
         return self.unknown((kind, *parts[:1] * (kind == "fn"), *values)), RING.one

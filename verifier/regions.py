@@ -29,70 +29,83 @@ def is_region(tree) -> bool:
     return {*kinds} <= {"var", "num", "+", "*"} and kinds.count("var") == 1
 
 
-def conditions(tree, values) -> list:
-    """Return what an interval or an inequality says of x, as (operator, left, right)."""
-    if tree[0] == "rel":
-        return links(tree)
-    _, opener, closer, low, high = tree
-    ends = values.number(low), values.number(high)
-    if ends[0] > ends[1] or (closer == "]" and MP.isinf(ends[1])):
-        raise ValueError("no interval")
-    ops = "<=" if opener == "[" else "<", "<=" if closer == "]" else "<"
-    return links(("rel", ops, low, ("var", "x"), high))
-
-
 def same_region(a, b, values: Values) -> bool:
     """Return whether two regions are equal; ValueError if an end is no real number. The empty set
     is equal to none: as an interval a gold point (5,3) would be empty, too."""
     if len(variables(a) | variables(b)) > 1:
         return False
+    a = measured(a, values)
+    b = measured(b, values)
     # Probe all ends, one number between each two of them, and one beyond on either side.
-    found = sorted([MP.zero, *filter(MP.isfinite, ends(a, values) + ends(b, values))])
+    found = sorted([MP.zero, *filter(MP.isfinite, ends(a) + ends(b))])
     values.spend(40 * len(found) ** 2)
     probes = [found[0] - 1, *found, found[-1] + 1]
     probes += [(low + high) / 2 for low, high in itertools.pairwise(probes)]
-    inside = [contains(b, x, values) for x in probes]
-    return any(inside) and inside == [contains(a, x, values) for x in probes]
+    if any(contains(a, x) != contains(b, x) for x in probes):
+        return False
+    return any(contains(b, x) for x in probes)
 
 
-def ends(tree, values) -> list:
-    """Return all numbers at which a region may begin or end."""
+def measured(tree, values):
+    """Return a region with numbers in place of trees; an interval is two inequalities of x."""
     kind, *parts = tree
     if kind == "set":
-        return [values.number(part) for part in parts]
-    if kind not in ("span", "rel"):
-        return [end for part in parts for end in ends(part, values)]
+        return kind, *map(values.number, parts)
+    if kind == "span":
+        opener, closer, low, high = parts
+        ends = values.number(low), values.number(high)
+        if ends[0] > ends[1] or (closer == "]" and MP.isinf(ends[1])):
+            raise ValueError("no interval")
+        ops = "<=" if opener == "[" else "<", "<=" if closer == "]" else "<"
+        tree = "rel", ops, low, ("var", "x"), high
+    if kind in ("span", "rel"):
+        return "rel", *((op, line(x, values), line(y, values)) for op, x, y in links(tree))
+    return kind, *(measured(part, values) for part in parts)
+
+
+def line(side, values):
+    """Return a side of an inequality, a x + b or |a x + b|, as (a, b, whether it is |...|)."""
+    if not variables(side):
+        return MP.zero, values.number(side), False
+    bends = side[:2] == ("fn", "abs")
+    inner = side[2] if bends else side
+    start, end = (values.value(inner, dict.fromkeys(variables(side), MP.mpf(x))) for x in (0, 1))
+    return end - start, start, bends
+
+
+def ends(region) -> list:
+    """Return all numbers at which a measured region may begin or end."""
+    kind, *parts = region
+    if kind == "set":
+        return parts
+    if kind != "rel":
+        return [end for part in parts for end in ends(part)]
     found = []
-    for _, left, right in conditions(tree, values):
-        for sign in (1, -1):  # of what stands between |...|: so both sides are linear in x
-            start, end = (
-                side_at(left, x, sign, values) - side_at(right, x, sign, values) for x in (0, 1)
-            )
-            found += [start / (start - end)] if start != end else []
+    for _, (a, b, bends), (c, d, bends_too) in parts:
+        for sign in (1, -1) if bends or bends_too else (1,):  # of what stands between |...|
+            slope = (sign * a if bends else a) - (sign * c if bends_too else c)
+            gap = (sign * d if bends_too else d) - (sign * b if bends else b)
+            found += [gap / slope] if slope else []
     return found
 
 
-def side_at(side, x, sign, values):
-    """Return the value of a side of an inequality where the letter is x, and |u| is u or -u."""
-    inner, sign = (side[2], sign) if side[:2] == ("fn", "abs") and sign else (side, 1)
-    return sign * values.value(inner, dict.fromkeys(variables(side), MP.mpf(x)))
-
-
-def contains(tree, x, values) -> bool:
-    """Return whether the real number x is in a region."""
-    kind, *parts = tree
+def contains(region, x) -> bool:
+    """Return whether the real number x is in a measured region."""
+    kind, *parts = region
     if kind == "set":
-        return any(close(values.number(member), x) for member in parts)
-    if kind in ("span", "rel"):
-        sides = [
-            (op, side_at(a, x, 0, values), side_at(b, x, 0, values))
-            for op, a, b in conditions(tree, values)
-        ]
-        return all(itertools.starmap(holds, sides))
-    inside = [contains(part, x, values) for part in parts]
+        return any(close(member, x) for member in parts)
+    if kind == "rel":
+        return all(holds(op, worth(left, x), worth(right, x)) for op, left, right in parts)
+    inside = [contains(part, x) for part in parts]
     if kind == "setminus":
         return inside[0] and not any(inside[1:])
     return all(inside) if kind == "cap" else any(inside)
+
+
+def worth(side, x):
+    """Return the value of a measured side of an inequality at x."""
+    a, b, bends = side
+    return abs(a * x + b) if bends else a * x + b
 
 
 def holds(op, x, y) -> bool:

@@ -137,6 +137,7 @@ def plain(text: str) -> str:
     return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)
 
 
+@functools.lru_cache(maxsize=1000)
 def normalise(answer: str) -> str:
     """Return one spelling of what LaTeX, Unicode and prose spell in many; no value changes."""
     answer = compatible(RAISED.sub(raised, answer).translate(CHARACTERS))

@@ -21,17 +21,16 @@ TINY, LIMITS = (
     {"arctan": 2**600, "exp": 10**6, "!": 3000, "sinh": 100, "cosh": 100, "tanh": 100},
 )
 # Where functions are compared: the points of which a hash of both texts draws the coordinates.
-RANGES = [(0, 1), (1, 10), (-10, -1), (100, 1000), (1, 3), (1, 3), (-1, 0)]
+RANGES = [(1, 10), (-10, -1), (0, 1), (100, 1000), (0, 1)]
 # The precision never changes, and what mpmath keeps (pi, log 2) is computed here and now to more
 # bits than are ever asked for: threads do not disturb each other.
 MP = MPContext()
 MP.prec = 4000
 +MP.pi, MP.ln(3), MP.exp(1), MP.atan(2)
 MP.prec = 800
-CLOSE, ZERO = (
-    MP.mpf(2) ** -700,
-    MP.mpf(2) ** -760,
-)  # relative: the same number, and a rounding error
+DIGITS = 700  # bits in which equal numbers agree; with 60 more it is a rounding error
+CLOSE = MP.mpf(2) ** -DIGITS
+SMALL = {*map(MP.mpf, range(-60, 61))}  # exponents
 CONSTANTS = {"pi": +MP.pi, "e": MP.exp(1), "i": MP.mpc(0, 1), "inf": MP.inf}
 FUNCTIONS = dict(sin=MP.sin, cos=MP.cos, tan=MP.tan, sinh=MP.sinh, cosh=MP.cosh, tanh=MP.tanh)
 INVERSE = dict(csc="sin", sec="cos", cot="tan", csch="sinh", sech="cosh", coth="tanh")
@@ -81,6 +80,16 @@ class Values:
     points come from a hash of both: none are known before an answer is written."""
 
     def __init__(self, *trees, work=MAX_WORK):
+        self.trees = trees
+        self.work = work
+        self.cache = {}
+        self.points = self.unclear = ()
+
+    def prepare(self):
+        """Look through both trees and draw the points, if that is not done yet; return itself."""
+        if self.points:
+            return self
+        trees = self.trees
         parts = [part for tree in trees for part in walk(tree)]
         bends = [part for part in parts if part[:2] in BENDING and degree(part)]
         roots = [part[1] for part in parts if part[0] == "^" and not is_whole(part[2])]
@@ -91,10 +100,8 @@ class Values:
         bend_once = [x for x in bends if x[1] != "floor" and max(map(degree, x[2:])) < 2]
         self.unclear = {*map(id, bends)} - {*map(id, bend_once)}
         self.kinks = bool(bend_once) or any(map(degree, roots))
-        self.work = work
-        self.cache = {}
-        self.draw = random.Random(repr(trees))
-        self.seed = self.draw.random()  # of unknown functions
+        draw = random.Random(repr(trees))
+        self.seed = draw.random()  # of unknown functions
         self.points = [{}]
         size = sum(map(self.size, trees))
         self.blind = size > MAX_SIZE  # more digits may cancel than are computed
@@ -105,9 +112,10 @@ class Values:
         cells = itertools.product(range(len(self.points)), enumerate(self.names))
         for k, (j, name) in cells:
             low, high = ranges[k]
-            sign = {4: (-1) ** j, 5: (-1) ** (j // 2)}.get(k, 1)  # two points have both signs
-            share = MP.mpf(self.draw.getrandbits(64) + 1) / (2**64 + 1)
+            sign = {2: (-1) ** j, 3: (-1) ** (j // 2), 4: -((-1) ** j)}.get(k, 1)
+            share = MP.mpf(draw.getrandbits(64) + 1) / (2**64 + 1)
             self.points[k][name] = sign * (low + (high - low) * share)
+        return self
 
     def size(self, tree) -> int:
         """Return the bits of all numbers in a tree together; of a list, its largest one's."""
@@ -127,24 +135,23 @@ class Values:
         if self.work < 0:
             raise ValueError("too much work")
 
-    def of(self, tree) -> list:
-        """Return a tree's values at the points; None where it has none."""
-        if self.blind:
+    def at(self, tree, k):
+        """Return a tree's value at the k-th point; None if it has none there."""
+        if self.prepare().blind:
             raise ValueError("too many digits")
-        if tree not in self.cache:
-            values = self.cache[tree] = []
-            for point in self.points:
-                try:
-                    value = self.value(tree, point)
-                except (ValueError, ArithmeticError):
-                    value = None
-                outside = self.real and self.names and isinstance(value, MP.mpc)
-                values.append(None if outside else value)
-        return self.cache[tree]
+        values = self.cache.setdefault(tree, {})
+        if k not in values:
+            try:
+                value = self.value(tree, self.points[k])
+            except (ValueError, ArithmeticError):
+                value = None
+            outside = self.real and self.names and isinstance(value, MP.mpc)
+            values[k] = None if outside else value
+        return values[k]
 
     def number(self, tree):
         """Return the real number that a tree is; ValueError if it is none."""
-        x = self.of(tree)[0]
+        x = self.at(tree, 0)
         if x is None or isinstance(x, MP.mpc):
             raise ValueError("no real number")
         return x
@@ -172,21 +179,24 @@ class Values:
         for y in others if kind != "fn" else ():
             self.spend(10)
             x = {"+": self.sum, "*": MP.fmul, "^": self.power}[kind](x, y)
-        if MP.isnan(x) or (MP.isfinite(x) and x and abs(MP.mag(x)) > 10**7):
+        size = MP.mag(x)
+        if MP.isnan(size) or 10**7 < abs(size) < MP.inf:
             raise ValueError("no number, or too large")
         return x
 
     def sum(self, x, y):
         """Return x + y; ValueError if one term is lost in the other: 1 + e^{-1000} is not 1."""
-        large = max(abs(x), abs(y))
-        small = min(abs(x), abs(y))
-        if small and MP.isfinite(large) and small < CLOSE * large:
+        small, large = sorted([MP.mag(x), MP.mag(y)])
+        if x and y and small < large - DIGITS < MP.inf:
             raise ValueError("a term is lost")
         # Equal terms of opposite sign leave a rounding error: it is 0.
-        return x + y if abs(x + y) > ZERO * large else MP.zero
+        total = x + y
+        return MP.zero if MP.mag(total) < large - DIGITS - 60 else total
 
     def power(self, base, exponent):
         """Return base^exponent; of a negative number the real root, if there is one."""
+        if exponent in SMALL and MP.isfinite(base):
+            return base ** int(exponent)
         self.spend(100)
         if abs(base) not in (0, 1) and abs(exponent) * (1 + abs(MP.mag(base))) > 2 * 10**6:
             raise ValueError("too large")
