@@ -51,7 +51,7 @@ MISTAKES = {  # what people write there: the right words, and the wrong ones
     "LoRALinear.forward": ("alpha=self.scale", "alpha=self.alpha"),
     "adapter_off": ("layer.on = on", "layer.on = True"),  # the inner of two switches it on again
     "add_lora": ("layer.base.in_features", "layer.base.out_features"),
-    "last_boxed": ("[:-MAX_BOXES:-1]", "[:MAX_BOXES]"),  # the first box
+    "last_boxed": ("answer = None if match[1] else answer", "pass"),  # an earlier box counts
     "extract_answer": ('.rsplit("</think>", 1)[-1]', ""),  # a box of the thinking counts
     "verify": ("bool(same_answer(answer, str(gold)))", "answer == str(gold)"),
     "pass_at_k": ("math.comb(n - c, k) / math.comb(n, k)", "(1 - c / n) ** k"),  # biased
