@@ -16,7 +16,9 @@ MAX_ANSWER = 1000  # characters; no gold answer of MATH is longer than 160
 MAX_ITEMS = 60  # of a list
 SPACES = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")  # that part no two words or numbers
 UNCLEAR = re.compile(r"(?<=[0-9])(,(?=[1-9])|e(?=[+-]))")  # 2,100 may be a list, 2e-1 a difference
-NUMERAL = re.compile(r"-?[0-9]{1,50}(?:[./][0-9]{1,50})?")  # most answers: -12, 0.5 and 1/2
+NUMERAL = re.compile(
+    r"-?[0-9]{1,50}(?:\.[0-9]{1,50}|/[1-9][0-9]{0,49})?"
+)  # most answers: -12, 0.5 and 1/2
 STRUCTURES = ("span", "matrix", "row", "ratio", "mod", "case")  # compared part by part
 KNOWN = {*FUNCTIONS, *REAL, "floor", "!", "binom"}
 DEGREES = frozenset({("degree", 1)})
@@ -27,13 +29,13 @@ def same_answer(answer: str, gold: str) -> bool:
     ArithmeticError if one of them says nothing that can be computed."""
     if max(len(answer), len(gold)) > MAX_ANSWER:
         return answer.strip() == gold.strip()
-    # 1. The same text, or the same words.
+    # 1. The same number, text, or words.
+    if NUMERAL.fullmatch(answer) and NUMERAL.fullmatch(gold):
+        return Fraction(answer) == Fraction(gold)
     answer = normalise(answer)
     gold = normalise(gold)
     if SPACES.sub("", answer) == SPACES.sub("", gold):
         return gold != ""
-    if NUMERAL.fullmatch(answer) and NUMERAL.fullmatch(gold):
-        return Fraction(answer) == Fraction(gold)
     if same_words(answer, gold):
         return True
     # 2. The same mathematics, in one of the readings of each.
@@ -266,18 +268,29 @@ class Comparison(Values):
         if "text" in (answer[0], gold[0]):
             return False
         if self.prepare().blind:
-            return Proof(answer, gold, self).same() is True
+            return bool(self.proven(answer, gold))
         points = []
         for k, x, y in self.pairs(answer, gold):
             if not close(x, y):
                 return self.rounds(answer, x, gold, y)
+            proven = self.proven(answer, gold) if self.names and not points else None
+            if proven is not None:
+                return proven
             points.append(k)
         if not self.names:
             return len(points) == 1
-        with contextlib.suppress(ValueError):
-            proven = Proof(answer, gold, self).same()
-            return self.unforeseen(points) if proven is None else proven
-        return self.unforeseen(points)
+        return self.unforeseen(points) if points else bool(self.proven(answer, gold))
+
+    def proven(self, answer, gold) -> bool | None:
+        """Return whether two trees are the same function; None if no proof is in reach."""
+        for_points = self.work // 2
+        self.work -= for_points
+        try:
+            return Proof(answer, gold, self).same()
+        except ValueError:
+            return None
+        finally:
+            self.work += for_points
 
     def rounds(self, answer, value, gold, decimal) -> bool:
         """Return whether a gold decimal of at least three digits rounds an irrational number."""

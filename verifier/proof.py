@@ -14,7 +14,7 @@ from verifier.values import Values
 
 MAX_BITS = 20_000  # of a coefficient
 MAX_POWER = 60  # of a sum that is multiplied out
-RING, *UNKNOWNS = ring([f"x{i}" for i in range(16)], QQ)
+RING, *UNKNOWNS = ring([f"x{i}" for i in range(12)], QQ)
 MAX_CANCEL = 2000  # product of the degrees of what is cancelled
 
 

@@ -100,7 +100,7 @@ class Values:
         bend_once = [x for x in bends if x[1] != "floor" and max(map(degree, x[2:])) < 2]
         self.unclear = {*map(id, bends)} - {*map(id, bend_once)}
         self.kinks = bool(bend_once) or any(map(degree, roots))
-        draw = random.Random(repr(trees))
+        draw = random.Random(repr(trees) if any(x[0] in ("var", "fn") for x in parts) else 0)
         self.seed = draw.random()  # of unknown functions
         self.points = [{}]
         size = sum(map(self.size, trees))
