@@ -320,7 +320,7 @@ def test_each_production_alone_in_all_ways(kind):
     """One combination of way, leaves and rival that the turns of the short test miss."""
     slow = []
     turn = itertools.cycle(SHORT)
-    for production in PRODUCTIONS[::12]:
+    for production in PRODUCTIONS[::30]:
         for way in [*ways(production), "open", "shut"]:
             text = grow(production, way, 900, len(LEAVES[kind][-1]))
             pairs = checks(text, LEAVES[kind], next(turn))
@@ -331,10 +331,10 @@ def test_each_production_alone_in_all_ways(kind):
 @pytest.mark.long
 @pytest.mark.parametrize("way", ["right", "row", "bush", "inside"])
 def test_pairs_of_productions(way):
-    """One pair of productions that the turns of the short test miss: every 97th is taken."""
+    """One pair of productions that the turns of the short test miss: every 397th is taken."""
     slow = []
     turn = itertools.cycle(LEAVES)
-    for outer, inner in [*itertools.product(PRODUCTIONS, repeat=2)][::97]:
+    for outer, inner in [*itertools.product(PRODUCTIONS, repeat=2)][::397]:
         kind = next(turn)
         text = nested(outer, inner, way, 900, len(LEAVES[kind][-1]))
         text, changed, _ = rivals(text, LEAVES[kind])
