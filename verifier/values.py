@@ -16,10 +16,8 @@ TRIG = {"sin", "cos", "tan", "csc", "sec", "cot"}
 REAL = {"max": max, "min": min}
 BOUNDED = {"sum", "prod", "int", "lim"}  # these are not computed: equal only if they read alike
 BENDING = [("fn", "floor"), ("fn", "abs"), ("fn", "max"), ("fn", "min"), ("fn", "arctan")]
-TINY, LIMITS = (
-    2**-80,
-    {"arctan": 2**600, "exp": 10**6, "!": 3000, "sinh": 100, "cosh": 100, "tanh": 100},
-)
+TINY, LARGE = 2**-80, 10**18  # of a function's argument, if it is not 0
+LIMITS = {"arctan": 2**600, "exp": 10**6, "!": 3000, "sinh": 100, "cosh": 100, "tanh": 100}
 # Where functions are compared: the points of which a hash of both texts draws the coordinates.
 RANGES = [(1, 10), (-10, -1), (0, 1), (100, 1000), (0, 1)]
 # The precision never changes, and what mpmath keeps (pi, log 2) is computed here and now to more
@@ -197,8 +195,8 @@ class Values:
         """Return base^exponent; of a negative number the real root, if there is one."""
         if exponent in SMALL and MP.isfinite(base):
             return base ** int(exponent)
-        self.spend(100)
-        if abs(base) not in (0, 1) and abs(exponent) * (1 + abs(MP.mag(base))) > 2 * 10**6:
+        self.spend(200)
+        if base not in (-1, 0, 1) and abs(exponent) * (1 + abs(MP.mag(base))) > 2 * 10**6:
             raise ValueError("too large")
         if exponent and abs(exponent) < TINY:
             raise ValueError("too small")
@@ -221,7 +219,7 @@ class Values:
             low = self.call("!", others[0]) * self.call("!", self.sum(x, -others[0]))
             return self.call("!", x) / low
         least = TINY if name in FUNCTIONS else 0
-        if any(y and not least < abs(y) < LIMITS.get(name, 10**18) for y in (x, *others)):
+        if any(y and not least < abs(y) < LIMITS.get(name, LARGE) for y in (x, *others)):
             raise ValueError("too small or too large")
         # 2. Factorials, and functions of real numbers.
         if name == "!":
@@ -247,4 +245,7 @@ class Values:
         """Return the value of f(x), the same unknown function on both sides."""
         self.spend(150)
         draw = random.Random(f"{self.seed} {name}")
-        return MP.sin(sum(MP.mpf(draw.random()) * y for y in (1, *values)))
+        angle = sum(MP.mpf(draw.random()) * y for y in (1, *values))
+        if not abs(angle) < LARGE:
+            raise ValueError("too large")
+        return MP.sin(angle)
