@@ -971,6 +971,7 @@ BOMBS = {
     "regions": r" \cup ".join(f"({i},{i}.5)" for i in range(60)),
     "list of regions": ",".join(rf"(0,{i})\cup(70,80)" for i in range(45)),
     "tower of e": "e^{" * 45 + "1" + "}" * 45,
+    "powers of bars": r"\left|" * 40 + "ab" + r"c\right|^T" * 40,
     "tower of x": "x^{" * 45 + "x" + "}" * 45,
     "continued fraction": r"1+\frac{1}{" * 48 + "x" + "}" * 48,
     "left to right": "1/2" * 160,
