@@ -10,15 +10,14 @@ from verifier.proof import Proof
 from verifier.regions import is_region, same_region
 from verifier.spellings import CHOICE, CHOSEN, normalise, plain
 from verifier.units import CHANGING, contradict
-from verifier.values import FUNCTIONS, MAX_WORK, MP, RANGES, REAL, Values, close, variables, walk
+from verifier.values import FUNCTIONS, MAX_WORK, MP, REAL, Values, close, is_rational, variables
 
 MAX_ANSWER = 1000  # characters; no gold answer of MATH is longer than 160
 MAX_ITEMS = 60  # of a list
 SPACES = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")  # that part no two words or numbers
 UNCLEAR = re.compile(r"(?<=[0-9])(,(?=[1-9])|e(?=[+-]))")  # 2,100 may be a list, 2e-1 a difference
-NUMERAL = re.compile(
-    r"-?[0-9]{1,50}(?:\.[0-9]{1,50}|/[1-9][0-9]{0,49})?"
-)  # most answers: -12, 0.5 and 1/2
+# Most answers: -12, 0.5 and 1/2.
+NUMERAL = re.compile(r"-?[0-9]{1,50}(?:\.[0-9]{1,50}|/[1-9][0-9]{0,49})?")
 STRUCTURES = ("span", "matrix", "row", "ratio", "mod", "case")  # compared part by part
 KNOWN = {*FUNCTIONS, *REAL, "floor", "!", "binom"}
 DEGREES = frozenset({("degree", 1)})
@@ -87,9 +86,8 @@ def is_name(tree, of_answer=False, inside=False) -> bool:
         return is_name(parts[1]) if parts[0] == "abs" else parts[0] not in KNOWN
     loose = of_answer or all(name[0].isupper() or name[0] == "\\" for name in variables(tree))
     if kind == "^":  # AB^2, a^2 + b^2 and a/b; x^2 = 9 and 1/x = 9 are equations
-        return (
-            parts[1][0] == "num" and (inside or loose > of_answer) and is_name(parts[0], of_answer)
-        )
+        raised = parts[1][0] == "num" and (inside or loose > of_answer)
+        return raised and is_name(parts[0], of_answer)
     if kind == "+" and of_answer:
         terms = [part[2] if part[:2] == ("*", MINUS) else part for part in parts[1:]]
         return all(is_name(term, of_answer, True) for term in (parts[0], *terms))
@@ -111,14 +109,6 @@ def split_name(tree, of_answer=False):
     if ops == ("=",) and is_name(right, of_answer) and not variables(left) & variables(right):
         return right, left
     return None, tree
-
-
-def is_rational(tree) -> bool:
-    """Return whether a tree without variables is made of fractions alone."""
-    kinds = {part[0] for part in walk(tree)}
-    return kinds <= {"num", "+", "*", "^", "of"} and all(
-        part[2][0] == "num" and part[2][1].denominator == 1 for part in walk(tree) if part[0] == "^"
-    )
 
 
 def entries(tree):
@@ -191,8 +181,9 @@ class Comparison(Values):
             return True
         if {units, gold_units} != {DEGREES, frozenset()}:
             return False
-        radians = join("*", bare if units else gold_bare, DEGREE)
-        return self.same_function(*((radians, gold) if units else (answer, radians)))
+        if units:
+            return self.same_function(join("*", bare, DEGREE), gold)
+        return self.same_function(answer, join("*", gold_bare, DEGREE))
 
     def same_members(self, answers, golds) -> bool:
         """Return whether two lists have the same members; in the same order only for words, and
@@ -307,7 +298,3 @@ class Comparison(Values):
             y = None if x is None else self.at(b, k)
             if y is not None:
                 yield k, x, y
-
-    def unforeseen(self, points) -> bool:
-        """Return whether these points are enough: two, and for |x - 9| one far away."""
-        return len(points) > 1 and (not self.kinks or points[-1] >= len(RANGES))

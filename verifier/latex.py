@@ -3,7 +3,7 @@
 A tree is a tuple of its kind and its parts: num (Fraction, decimals), var (name), +, *, ^, pi, e,
 i, inf, fn (name, arguments), of (quantity, units), pm, mp, text (words), list, or, set, span (open,
 close, items: a tuple or interval), rel (operators, sides), mod, cup, cap, setminus, ratio, matrix,
-row, case (value, condition).
+row, case (value, condition), integers.
 """
 
 import functools
@@ -197,10 +197,11 @@ class Parser:
             token += "".join(part.removeprefix("text:").strip("\\{} ") for part in parts)
         while self.peek() == "'":
             token += self.take()
+        if self.peek() != "(":
+            return "var", token
         # P(A) or p(x) is no product if an equation defines it.
         inside, defined, _ = " ".join(self.tokens[self.i + 1 : self.i + 12]).partition(" ) =")
-        is_function = is_function or (defined and not set(inside) & set("+*/^("))
-        if is_function and self.peek() == "(":
+        if is_function or (defined and not set(inside) & set("+*/^(")):
             return "fn", token, *arguments(self.group())
         return "var", token
 

@@ -10,7 +10,7 @@ import math
 
 from sympy import QQ, ring
 
-from verifier.values import Values
+from verifier.values import Values, is_whole
 
 MAX_BITS = 20_000  # of a coefficient
 MAX_POWER = 60  # of a sum that is multiplied out
@@ -20,9 +20,8 @@ MAX_CANCEL = 2000  # product of the degrees of what is cancelled
 
 def bits(p) -> int:
     """Return the bits of the largest coefficient of a polynomial."""
-    return max(
-        (n.bit_length() for c in p.values() for n in (c.numerator, c.denominator)), default=0
-    )
+    sizes = (n.bit_length() for c in p.values() for n in (c.numerator, c.denominator))
+    return max(sizes, default=0)
 
 
 class Proof:
@@ -65,7 +64,7 @@ class Proof:
                 top += self.product(bottom, c) if kind == "+" else 0
                 bottom = self.product(bottom, d)
             return top, bottom
-        if kind == "^" and parts[1][0] == "num" and parts[1][1].denominator == 1:
+        if kind == "^" and is_whole(parts[1]):
             exponent = int(parts[1][1])
             top, bottom = (self.power(p, abs(exponent)) for p in self.quotient(parts[0]))
             return (top, bottom) if exponent > 0 else (bottom, top)

@@ -53,8 +53,8 @@ def measured(tree, values):
         return kind, *map(values.number, parts)
     if kind == "span":
         opener, closer, low, high = parts
-        ends = values.number(low), values.number(high)
-        if ends[0] > ends[1] or (closer == "]" and MP.isinf(ends[1])):
+        end = values.number(high)
+        if values.number(low) > end or (closer == "]" and MP.isinf(end)):
             raise ValueError("no interval")
         ops = "<=" if opener == "[" else "<", "<=" if closer == "]" else "<"
         tree = "rel", ops, low, ("var", "x"), high
@@ -82,9 +82,11 @@ def ends(region) -> list:
         return [end for part in parts for end in ends(part)]
     found = []
     for _, (a, b, bends), (c, d, bends_too) in parts:
-        for sign in (1, -1) if bends or bends_too else (1,):  # of what stands between |...|
-            slope = (sign * a if bends else a) - (sign * c if bends_too else c)
-            gap = (sign * d if bends_too else d) - (sign * b if bends else b)
+        for sign in (1, -1) if bends or bends_too else (1,):
+            left = sign if bends else 1  # |u| is u or -u
+            right = sign if bends_too else 1
+            slope = left * a - right * c
+            gap = right * d - left * b
             found += [gap / slope] if slope else []
     return found
 

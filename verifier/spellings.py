@@ -158,7 +158,7 @@ def tokens(text: str) -> list[str]:
         if token.startswith(r"\text"):
             found += quoted(token[token.find("{") + 1 : -1].strip(" ,;:").rstrip("."), behind)
         elif token[0].isalpha():
-            spaced = text[: match.start()][-1:] in ("", " ")
+            spaced = text[match.start() - 1 : match.start()] in ("", " ")
             found += words(token, spaced, behind)
         else:  # 1,234 is a number, but in (1,234) two coordinates
             found += re.split("(,)", token) if depth and token[0].isdigit() else [token]
@@ -171,7 +171,7 @@ def quoted(word: str, behind: bool) -> list[str]:
     """Return what a \\text{} says, a formula or words; `behind`: they may be a quantity's unit."""
     runs = re.findall("[A-Za-z]+", word)
     letters = all(len(run) < 2 or run in ("and", "or") for run in runs)
-    is_unit = behind and runs and ({word, runs[0]} & {*UNIT} or is_word(word))
+    is_unit = behind and runs and (word in UNIT or runs[0] in UNIT or is_word(word))
     if not is_unit and (letters or word[:1].isdigit() or re.search("[=+^*<>]", word)):
         return tokens(word)
     if word in NUMERALS and not behind:

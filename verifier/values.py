@@ -57,6 +57,13 @@ def is_whole(tree) -> bool:
     return tree[0] == "num" and tree[1].denominator == 1
 
 
+def is_rational(tree) -> bool:
+    """Return whether a tree without variables is made of fractions alone."""
+    parts = list(walk(tree))
+    whole = all(is_whole(part[2]) for part in parts if part[0] == "^")
+    return whole and {part[0] for part in parts} <= {"num", "+", "*", "^", "of"}
+
+
 def degree(tree) -> int:
     """Return 0 for a constant, 1 for a linear function, and 2 or more for any other."""
     kind, *parts = tree
@@ -100,7 +107,6 @@ class Values:
         self.kinks = bool(bend_once) or any(map(degree, roots))
         draw = random.Random(repr(trees) if any(x[0] in ("var", "fn") for x in parts) else 0)
         self.seed = draw.random()  # of unknown functions
-        self.points = [{}]
         size = sum(map(self.size, trees))
         self.blind = size > MAX_SIZE  # more digits may cancel than are computed
         # Points, for what bends once also beyond all numbers on either side.
@@ -146,6 +152,10 @@ class Values:
             outside = self.real and self.names and isinstance(value, MP.mpc)
             values[k] = None if outside else value
         return values[k]
+
+    def unforeseen(self, points) -> bool:
+        """Return whether these points are enough: two, and for |x - 9| one far away."""
+        return len(points) > 1 and (not self.kinks or points[-1] >= len(RANGES))
 
     def number(self, tree):
         """Return the real number that a tree is; ValueError if it is none."""
@@ -228,9 +238,10 @@ class Values:
         if name in REAL or name == "floor":
             if any(isinstance(y, MP.mpc) for y in (x, *others)):
                 raise ValueError("no real number")
+            if name in REAL:
+                return REAL[name]((x, *others))
             nearest = MP.nint(x)
-            rounded = nearest if close(x, nearest) else MP.floor(x)
-            return REAL[name]((x, *others)) if name in REAL else rounded
+            return nearest if close(x, nearest) else MP.floor(x)
         # 3. Functions of complex numbers; sin(pi) is 0 but for the rounding of pi.
         if name in FUNCTIONS:
             if len(others) > (name == "log"):
