@@ -6,7 +6,6 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; rules also d
 dashes, for print in grey. Bands and bars are 95 % intervals, as in the tables.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from experiments.rows import default_file, in_cell, read_results
 from experiments.stats import crossed
 from experiments.tables import BASE, estimate
 from run.metrics import CLASSES
-from system.errors import UserError, run_cli
+from system.errors import Parser, UserError, run_cli
 
 STYLE = {  # rule: colour, marker, dashes
     "uniform": ("#555555", "o", "-"),
@@ -187,7 +186,7 @@ FIGURES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="?", default=str(default_file()))
     parser.add_argument("--out", default="", help="a folder for the PNGs; default: the file's")
     args = parser.parse_args()

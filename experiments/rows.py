@@ -4,7 +4,6 @@ A row is a run: its setting, the outcome on every problem, and what it logged at
 Nothing in a row depends on the clock, on the machine's paths or on the order of the runs.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from run.answers import read_answers
 from run.metrics import CLASSES
 from system.errors import UserError
-from system.files import read_json, read_rows, write_whole
+from system.files import read_json, read_rows, to_json, write_whole
 
 CURVES = ("reward", "entropy", "gini", "effective_token_ratio")  # of metrics.jsonl, by step
 
@@ -55,9 +54,9 @@ def row_of(run) -> dict:
 
 def write_results(path, about, rows):
     """The file: JSON with a run a line, so that two of them can be compared by eye."""
-    lines = ",\n".join(json.dumps(row) for row in rows)
+    lines = ",\n".join(to_json(row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, f'{{"about": {json.dumps(about)},\n"runs": [\n{lines}\n]}}\n'.encode())
+    write_whole(path, f'{{"about": {to_json(about)},\n"runs": [\n{lines}\n]}}\n'.encode())
 
 
 def read_results(path):
@@ -82,7 +81,7 @@ def values(row, metric):
         return [int(c) for c in row["greedy"]]
     if metric == "pass":
         return [int(c != "0") for c in row["right"]]
-    return [float(np.mean(row[metric]))]
+    return [float(np.mean(row[metric], dtype=float))]
 
 
 def matrix(rows, cell, metric, seeds=None):

@@ -7,7 +7,6 @@ takes seconds). Each says when it begins to sample, to update, to save or to eva
 kill can be aimed at any of these.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -33,7 +32,7 @@ from lora import lora_parameters
 from model import Qwen3
 from run import checkpoints
 from system import files
-from system.errors import UserError, run_cli
+from system.errors import Parser, UserError, run_cli
 
 TIMING = {"seconds_rollout", "seconds_update", "tokens_per_second"}
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -130,7 +129,7 @@ def rows(folder, name="metrics.jsonl"):
     """The whole lines of a JSONL file."""
     path = folder / name
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]  # NaN is no JSON
 
 
 def outcome(folder):
@@ -536,17 +535,24 @@ def test_gradients_that_are_not_finite_end_a_run(flags, tmp_path):
     assert step == 3 and all(x.isfinite().all() for x in tensors.values())
     adapter = lora_parameters(load_adapter(load_model(TINY), folder / "adapter"))
     assert all(p.isfinite().all() for p in adapter.values())
+    short = tmp_path / "short"  # of fewer than five steps, which all were skipped
+    code, said = finish(short, [*flags, "--steps", 2], breaks=1)
+    assert one_error(code, said) and "2 steps in a row" in said
+    assert [row["loss"] for row in rows(short)] == [None, None]
 
 
 def test_a_broken_policy_is_noticed_though_nothing_has_a_gradient(flags, tmp_path):
     """Log-probs that are not numbers earn no reward, so there is no loss that could be nan: such a
     run went on to its end, and replaced its good checkpoints."""
     folder = tmp_path / "run"
-    code, said = finish(folder, [*flags, "--steps", 20, "--lr", 1e30])
+    code, said = finish(folder, [*flags, "--steps", 20, "--lr", 1e30, "--eval-every", 0])
     assert one_error(code, said) and "5 steps in a row" in said
     assert [row["skipped"] for row in rows(folder)] == [0, 1, 1, 1, 1, 1]
     tensors, step = checkpoints.newest_checkpoint(folder)
     assert step == 0 and max(x.abs().max() for x in tensors.values()) < 10
+    evaluated = tmp_path / "evaluated"  # at step 3, where it has no accuracy
+    code, said = finish(evaluated, [*flags, "--lr", 1e30])
+    assert one_error(code, said) and "gives NaN" in said and len(rows(evaluated)) == 3
 
 
 def test_tensorboard_gets_every_number_once(flags, monkeypatch, capsys, tmp_path):
@@ -574,7 +580,7 @@ def test_tensorboard_gets_every_number_once(flags, monkeypatch, capsys, tmp_path
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Kill the default run, resume it, and compare.")
+    parser = Parser(description="Kill the default run, resume it, and compare.")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

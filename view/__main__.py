@@ -3,16 +3,15 @@
 A sample is a dict as run.folder.sample_rows makes it; a group is what draw.py shows of a problem.
 """
 
-import argparse
-import math
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from credit import effective_token_ratio, gini
 from run.metrics import CLASSES, rank_correlation, token_classes
-from system.errors import UserError, printable, run_cli
+from system.errors import Parser, UserError, printable, run_cli
 from system.files import read_rows
 from view.draw import page, show
 
@@ -30,20 +29,13 @@ def read_samples(folder) -> list[dict]:
     # Rules that all samples have: a run that was resumed may have got another one on the way.
     names = [name for name in samples[0]["rules"] if all(name in x["rules"] for x in samples)]
     for sample in samples:
-        sample["rules"] = {name: sample["rules"][name] for name in names}
+        sample["rules"] = {name: np.array(sample["rules"][name], float).tolist() for name in names}
     return samples
 
 
 def clean(text):
     """Return text from a model, fit for one line of any screen."""
     return printable(text, {"\n": "↵", "\t": "⇥", "\r": "↵"})
-
-
-def plain(x):
-    """Return nested lists for JSON, to 4 decimals; what is not a number becomes null."""
-    if isinstance(x, list):
-        return [plain(value) for value in x]
-    return None if math.isnan(x) else round(x, 4)
 
 
 def rule_statistics(sample) -> dict:
@@ -82,10 +74,10 @@ def make_group(samples) -> dict:
         shown = {key: sample[key] for key in ("reward", "advantage", "logp", "entropy", "residual")}
         shown["tokens"] = [clean(token) for token in sample["tokens"]]
         shown["weights"] = list(zip(*sample["rules"].values(), strict=True))  # (2, R, T)
-        measured = {key: plain(own[key].tolist()) for key in ("gini", "ratio")}
+        measured = {key: own[key].tolist() for key in ("gini", "ratio")}
         group["completions"].append(shown | measured)
     for key in statistics[0]:
-        group[key] = plain(torch.stack([x[key] for x in statistics]).nanmean(dim=0).tolist())
+        group[key] = torch.stack([x[key] for x in statistics]).nanmean(dim=0).tolist()
     return group
 
 
@@ -96,13 +88,11 @@ def make_groups(samples) -> list[dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m view", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m view", description=__doc__.splitlines()[0])
     parser.add_argument("run", help="the folder of a run")
-    parser.add_argument("--sharpening", type=int, default=1, help="1 or 2: of the screen")
+    parser.add_argument("--sharpening", type=int, default=1, choices=(1, 2), help="of the screen")
     parser.add_argument("--out", default=".", help="folder for credit.html")
     cfg = parser.parse_args()
-    if cfg.sharpening not in (1, 2):
-        raise UserError(f"--sharpening {cfg.sharpening}: the view has 1 and 2")
     samples = read_samples(cfg.run)
     names = list(samples[0]["rules"])
     groups = make_groups(samples)
