@@ -1,10 +1,10 @@
 """A run is killed, stopped or fails, goes on, and ends as if nothing had happened.
 
-    PYTHONPATH=. python tests/test_resume.py --kills 20    # the default task, for half an hour
+    PYTHONPATH=. python tests/test_resume.py --kills 100    # the default task, for half an hour
 
 Runs are real ones of train.main, in processes forked from one that has imported everything (torch
 takes seconds). Each says when it begins to sample, to update, to save or to evaluate, so that a
-kill can be aimed at any of these.
+kill can be aimed at any of these, and at what comes before.
 """
 
 import json
@@ -14,9 +14,11 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,6 +43,8 @@ SMALL = f"{SMALL} --save-every 2 --eval-every 3 --credit uniform --seed 2".split
 PRELOAD = ["train", "torch._dynamo", "torch.distributed.run"]  # all that takes long to import
 CORES = len(os.sched_getaffinity(0))  # as many threads does torch use if nobody tells it otherwise
 PHASES = {"sampling": 0.1, "update": 0.1, "saving": 0.02, "evaluation": 0.1}  # and their seconds
+LONGER = {"sampling": 1.0, "update": 1.0, "saving": 0.05, "evaluation": 4.0}  # of the default task
+LONGER |= {"starting": 2.0, "importing": 4.0}  # model and checkpoint are read; before that
 
 # Threads that have nothing to do sleep: else they take the time of whatever else runs here.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read by the process that all runs are forked from
@@ -111,18 +115,26 @@ def stop(folder, flags, phase, steps, number=signal.SIGKILL, **how):
 
 
 def kill(folder, flags, phase, steps, delay):
-    """Kill a run from outside, some seconds after a phase began after so many steps; returns
-    whether it had not ended before."""
+    """Kill a run from outside, some seconds after a phase began after so many steps; returns the
+    phase that it was in, or None if it had ended."""
+    if phase == "importing":
+        command = [sys.executable, train.__file__, *map(str, flags), "--resume", str(folder)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+            time.sleep(delay)
+            run.kill()
+        return phase
     process, pipe = start(folder, flags)
+    now = "starting"
     try:
-        while pipe.recv() != phase or len(rows(folder)) < steps:
-            pass
+        while now != phase or (phase != "starting" and len(rows(folder)) < steps):
+            now = pipe.recv()
         time.sleep(delay)
         process.kill()
+        while True:  # what it said before it died
+            now = pipe.recv()
     except EOFError:
-        pass  # it has ended
-    process.join()
-    return process.exitcode != 0
+        process.join()
+    return now if process.exitcode != 0 else None
 
 
 def rows(folder, name="metrics.jsonl"):
@@ -205,16 +217,17 @@ def killed(killed_once, tmp_path):
 
 def kill_often(folder, flags, kills, steps, delays, seed):
     """Kill a run in its first saving and evaluation, then at moments spread over its steps, then in
-    its last evaluation; returns the number of kills."""
+    its last evaluation; returns how many kills met it in each phase."""
     rng = random.Random(seed)
-    died = 0
+    died = Counter()
     moments = [("saving", 0), ("evaluation", 0)]
     for i in range(kills - 3):
         at = int((i + rng.random()) * steps / (kills - 3))
-        moments.append((["sampling", "update", "saving"][i % 3], at))
+        moments.append((["sampling", "update", "saving", "starting", "importing"][i % 5], at))
     for phase, at in [*moments, ("evaluation", steps)]:
-        died += kill(folder, flags, phase, at, rng.uniform(0, delays[phase]))
-        print(f"{died} kills; in {phase} after {len(rows(folder))} steps", flush=True)
+        died[kill(folder, flags, phase, at, rng.uniform(0, delays[phase]))] += 1
+        print(f"after {len(rows(folder))} steps: {dict(died)}", flush=True)
+    del died[None]  # those that came too late
     return died
 
 
@@ -222,7 +235,7 @@ def kill_often(folder, flags, kills, steps, delays, seed):
 def test_killed_runs_end_as_if_nothing_had_happened(flags, whole, tmp_path):
     """State that no checkpoint holds, a line twice or half, a checkpoint that is not one."""
     folder = tmp_path / "run"
-    assert kill_often(folder, flags, 6, 6, PHASES, seed=1) >= 4
+    assert kill_often(folder, flags, 6, 6, PHASES, seed=1).total() >= 4
     code, said = finish(folder, flags)
     assert code == 0, said
     assert outcome(folder) == outcome(whole)
@@ -586,12 +599,14 @@ def main():
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     assert finish(folder / "whole", [])[0] == 0
-    delays = dict(sampling=1.0, update=1.0, saving=0.05, evaluation=4.0)
     often = ["--save-every", 4]  # or each kill would cost ten steps
-    kill_often(folder / "killed", often, args.kills, train.Settings().steps, delays, args.seed)
+    died = kill_often(
+        folder / "killed", often, args.kills, train.Settings().steps, LONGER, args.seed
+    )
     assert finish(folder / "killed", often)[0] == 0
     same = outcome(folder / "whole") == outcome(folder / "killed")
-    print("equal" if same else f"DIFFERENT: see {folder}")
+    same &= set(os.listdir(folder / "whole")) == set(os.listdir(folder / "killed"))
+    print(f"{died.total()} kills, {dict(died)}:", "equal" if same else f"DIFFERENT, see {folder}")
     return 0 if same else 1
 
 
