@@ -22,6 +22,7 @@ from conftest import ROOT, hf_model, save_tokenizer
 
 from data.problems import HUB, load_problems
 from hf.checkpoint import hub_model, load_model
+from hf.peft import adapter_folder
 from system.errors import UserError, run_cli
 
 OLD, NEW = "1" * 40, "2" * 40  # two commits of every repository
@@ -160,8 +161,10 @@ def print_calls(calls, prepare):
     if prepare:
         prepare()
     for kind, *args in calls:
+        load = dict(model=hub_model, adapter=adapter_folder, data=load_problems)[kind]
         try:
-            found = str(hub_model(*args)) if kind == "model" else load_problems(*args)
+            found = load(*args)
+            found = str(found) if isinstance(found, Path) else found
         except UserError as error:
             found = dict(error=str(error))
         print(json.dumps(found), flush=True)
@@ -267,6 +270,19 @@ def test_the_command_line(hub, folder, tmp_path):
     assert sample(*pinned) == sample("--model", str(folder)) == sample(*pinned, HF_HUB_OFFLINE="1")
     error = f"error: some/tiny has no revision {NEW}: check --revision\n"
     assert sample("--model", "some/tiny", "--revision", NEW) == (2, "", error)
+
+
+def test_an_adapter_by_its_id(hub, tmp_path):
+    """An adapter on the Hub is what people share; a path in runs/ is a slip, and no name there."""
+    wanted = ["adapter_config.json", "adapter_model.safetensors"]
+    there = [*wanted, "optimizer.pt", "README.md"]
+    hub.repos["models/some/sft"] = {NEW: {name: name.encode() for name in there}}
+    hub.repos["models/some/full"] = {NEW: {"model.safetensors": b"x"}}
+    calls = ["adapter", "some/sft"], ["adapter", "some/full"], ["adapter", "runs/sft"]
+    [path, error, mine] = read(hub, tmp_path, *calls)
+    assert path.endswith(NEW) and hub.asked() == wanted
+    assert error == f"some/full has no adapter_config.json at {NEW}: choose another"
+    assert mine == "runs/sft"
 
 
 def test_a_line_that_drops_is_taken_up_where_it_dropped(hub, sharded, tmp_path):
