@@ -127,7 +127,7 @@ def main():
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0)
     folder = Path(cfg.out) if resume else new_run(cfg, model)
     resume_or_start(folder, model, optimizer, cfg, tensors, done)
-    del tensors  # they are memory of a file
+    del tensors  # as large as the checkpoint
     processes.wait()  # the first process may have cut the files back to a checkpoint
     history = read_rows(folder / "metrics.jsonl")
     evals = read_rows(folder / "evals.jsonl")

@@ -22,7 +22,9 @@ from conftest import ROOT, hf_model, save_tokenizer
 
 from data.problems import HUB, load_problems
 from hf.checkpoint import hub_model, load_model
-from hf.peft import adapter_folder
+from hf.merge import merge
+from hf.peft import adapter_folder, save_adapter
+from lora import add_lora
 from system.errors import UserError, run_cli
 
 OLD, NEW = "1" * 40, "2" * 40  # two commits of every repository
@@ -161,10 +163,10 @@ def print_calls(calls, prepare):
     if prepare:
         prepare()
     for kind, *args in calls:
-        load = dict(model=hub_model, adapter=adapter_folder, data=load_problems)[kind]
+        load = dict(model=hub_model, adapter=adapter_folder, data=load_problems, merge=merge)[kind]
         try:
             found = load(*args)
-            found = str(found) if isinstance(found, Path) else found
+            found = found if isinstance(found, list) else str(found)
         except UserError as error:
             found = dict(error=str(error))
         print(json.dumps(found), flush=True)
@@ -283,6 +285,24 @@ def test_an_adapter_by_its_id(hub, tmp_path):
     assert path.endswith(NEW) and hub.asked() == wanted
     assert error == f"some/full has no adapter_config.json at {NEW}: choose another"
     assert mine == "runs/sft"
+
+
+def test_an_adapter_is_merged_into_a_base_on_the_hub(hub, sharded, tmp_path):
+    """The weights of another commit than the adapter was trained on; or a model without the chat
+    template and tokenizer files that training does not read."""
+    folder, files = sharded
+    files = files | {"chat_template.jinja": b"{{ messages }}"}
+    hub.repos["models/some/tiny"] = {OLD: files, NEW: {"config.json": b"{}"}}
+    save_adapter(add_lora(load_model(folder), 2, 4), tmp_path / "run" / "adapter")
+    settings = dict(model="some/tiny", revision=OLD, random_init=False)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(dict(settings=settings)))
+    call = ["merge", str(tmp_path / "run"), str(tmp_path / "out")]
+    assert read(hub, tmp_path / "cache", call) == ["0.0"]  # B is 0
+    merged = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    wanted = [*needed(files), "tokenizer_config.json", "chat_template.jinja"]
+    assert merged == {name: files[name] for name in wanted}
+    call[2] += "-2"
+    assert read(hub, tmp_path / "cache", call, HF_HUB_OFFLINE="1") == ["0.0"]
 
 
 def test_a_line_that_drops_is_taken_up_where_it_dropped(hub, sharded, tmp_path):
