@@ -92,9 +92,8 @@ def merge(run, out, model="") -> float:
         out.mkdir(parents=True, exist_ok=True)
         for name in shards:
             shares |= copy_merged(source / name, out / name, layers, adapter)
-        if shares.keys() != layers.keys():
-            absent = min(layers.keys() - shares.keys())
-            raise UserError(f"{source} has no tensor {absent}: get it again")
+        absent = {name: layers[name].base.weight for name in layers.keys() - shares.keys()}
+        files.check_tensors({}, absent, source)
         for name in beside:
             files.write_whole(out / name, (source / name).read_bytes())
     except BaseException:

@@ -140,8 +140,7 @@ def adapter_shape(given) -> dict:
     shape = dict(rank=config["r"], alpha=config["lora_alpha"])
     for name, value in shape.items():
         if given.get(name, value) != value:
-            own = f"{given['adapter']} has {value}"
-            raise UserError(f"{flag_name(name)} {given[name]}: {own}, so leave it out")
+            raise UserError(f"{flag_name(name)} {given[name]}: the adapter has {value}, so omit it")
     return shape
 
 

@@ -193,7 +193,7 @@ REFUSED = [  # what is done to (base, run), more arguments, what is said
     (lambda b, r: edit_json(b / "config.json", hidden_size=64), ["{out}"], "float expected"),
     (lambda b, r: (b / "model.safetensors").unlink(), ["{out}"], "get it again"),
     (lambda b, r: (b / "model.safetensors").write_bytes(b"x" * 99), ["{out}"], "get it again"),
-    (lambda b, r: without(b / "model.safetensors", Q), ["{out}"], f"no tensor {Q}"),
+    (lambda b, r: without(b / "model.safetensors", Q), ["{out}"], f"no such tensor {Q}"),
 ]
 
 
