@@ -11,7 +11,7 @@ its folder: config.json, metrics.jsonl, evals.jsonl, samples.jsonl, adapter/, tr
 import math
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 if __name__ == "__main__":  # Ctrl-C during the imports exits without a traceback
@@ -24,8 +24,8 @@ from credit import METHODS
 from data.problems import load_split, problems_of_step
 from eval_math import evaluate
 from grpo import ADVANTAGES, group_advantages, sample_rollout, update
-from lora import add_lora, lora_parameters
-from run.checkpoints import resume_or_start, save, uninterrupted
+from lora import lora_parameters
+from run.checkpoints import adapt, resume_or_start, save, uninterrupted
 from run.flags import FLAGS, PRESETS, load_base, parse_settings
 from run.folder import keep_samples, new_run, recorder, show, show_evaluation, summary, warn
 from run.metrics import diagnose, measure
@@ -47,6 +47,7 @@ class Settings:
     preset: str = setting("", "settings of the ARCA paper", ("", "paper"))
     model: str = setting(*FLAGS["model"])
     revision: str = setting(*FLAGS["revision"])
+    adapter: str = setting(*FLAGS["adapter"])
     random_init: bool = setting(False, "random weights; needs only the model's config.json")
     chat: bool = setting(False, "prompt as a chat turn (ChatML), for instruction-tuned models")
     data: str = setting(*FLAGS["data"])
@@ -63,7 +64,7 @@ class Settings:
     temperature: float = setting(1.0, "of sampling, and of the policy that is trained")
     top_p: float = setting(1.0, "nucleus sampling; below 1 the sampler is not the scored policy")
     # the update
-    rank: int = setting(16, "of LoRA, on all seven projections")
+    rank: int = setting(16, "of LoRA, on all seven projections; --adapter has its own")
     alpha: float = setting(32.0, "LoRA scales by alpha / rank")
     lr: float = setting(2e-3, "peak learning rate")
     warmup: int = setting(5, "steps of linear warmup, before cosine decay")
@@ -113,19 +114,20 @@ def evaluate_step(model, tokenizer, held_out, cfg, step):
 
 
 def main():
-    # 1) The settings, the model with its adapter, the problems, the optimizer.
+    # 1) The settings, the model, the problems.
     cfg, resume = parse_settings(Settings, PRESETS, __doc__)
-    model, tokenizer = load_base(cfg)
+    model, tokenizer = load_base(replace(cfg, adapter=""))
     processes.start(model.device)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     train, held_out, left_out = load_split(cfg, tokenizer)
-    add_lora(model, cfg.rank, cfg.alpha, seed=cfg.seed)
+
+    # 2) The adapter, the optimizer and the run folder: new, or those of the newest checkpoint.
+    tensors, done = adapt(model, cfg, resume)
     trained = list(lora_parameters(model).values())
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0)
-
-    # 2) The run folder: a new one, or one to continue from its newest checkpoint.
     folder = Path(cfg.out) if resume else new_run(cfg, model)
-    done = resume_or_start(folder, model, optimizer, cfg)
+    resume_or_start(folder, model, optimizer, cfg, tensors, done)
+    del tensors  # as large as the checkpoint
     processes.wait()  # the first process may have cut the files back to a checkpoint
     history = read_rows(folder / "metrics.jsonl")
     evals = read_rows(folder / "evals.jsonl")

@@ -20,7 +20,7 @@ the truth itself is a rule (`true`: weights |delta|), one half makes the weights
 is what they are measured against.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -30,7 +30,7 @@ import torch
 from data.problems import load_split
 from eval_math import verify
 from grpo import group_advantages, update
-from lora import add_lora, lora_parameters
+from hf.peft import put_adapter
 from run.checkpoints import checkpoint_paths
 from run.flags import load_base
 from sample import generate
@@ -138,11 +138,8 @@ def open_run(folder, step=None):
     if step not in found:
         kept = f"{folder} keeps steps {sorted(found)}, not {step}"
         raise UserError(f"{kept}: train with more --keep-checkpoints")
-    model, tokenizer = load_base(cfg)
-    add_lora(model, cfg.rank, cfg.alpha)
-    files.check_tensors(found[step], lora_parameters(model), folder)
-    for name, parameter in lora_parameters(model).items():
-        parameter.data.copy_(found[step][name])
+    model, tokenizer = load_base(replace(cfg, adapter=""))
+    put_adapter(model, found[step], cfg.rank, cfg.alpha, folder, prefix="")
     return model, tokenizer, cfg, load_split(cfg, tokenizer)[0]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer as TokenizerFile
 
-from hf.hub import hub_folder
+from hf.hub import hub_folder, is_hub_id
 from model import Config, Qwen3
 from system.errors import UserError
 from system.files import check_tensors, checked, read_json, read_tensors
@@ -69,11 +69,11 @@ def unsupported_feature(raw: dict, rope: dict, family) -> str:
 def checkpoint_folder(path_or_id, revision=None) -> Path:
     """Return the folder of a checkpoint; a Hub id is downloaded first, at this revision of it."""
     name = str(path_or_id)
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name[0] in "./~" or Path(name).exists():
+    if is_hub_id(name):
+        return hub_model(name, revision)
+    if not Path(name).is_dir():
         raise UserError(f"no model folder {name}: give one, or a Hub id such as Qwen/Qwen3-0.6B")
-    return hub_model(name, revision)
+    return Path(name)
 
 
 def hub_model(repo, revision=None) -> Path:

@@ -5,6 +5,11 @@ from pathlib import Path
 from system.errors import UserError
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form USER/NAME and nothing here is called so."""
+    return name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
+
+
 def hub_folder(repo, revision=None, needed=(), optional=(), kind="model") -> Path:
     """Download the files (names or patterns) of a Hub repository that are not cached; return their
     folder, whose name is the commit. UserError without network, repository, revision, permission

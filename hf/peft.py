@@ -6,10 +6,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from hf.hub import hub_folder, is_hub_id
 from lora import attach, linear_layers, lora_layers, lora_parameters
 from system import files
 from system.errors import UserError
 
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before each of our names
 DEFAULTS = dict(r=8, lora_alpha=8.0, lora_dropout=0.0, use_rslora=False, bias="none")  # PEFT's
 # What PEFT offers beyond our layer. An adapter that uses one of these is refused by name.
@@ -27,14 +30,14 @@ def save_adapter(model, folder, base_model=""):
         raise UserError("this model has no adapter to save: call add_lora first")
     one = next(iter(layers.values()))  # all have the same rank and alpha
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base_model))
-    config.update(r=one.rank, lora_alpha=one.alpha, lora_dropout=0.0, bias="none")
+    config.update(r=one.rank, lora_alpha=float(one.alpha), lora_dropout=0.0, bias="none")
     config.update(use_rslora=False, target_modules=target_modules(model))
     ours = lora_parameters(model).items()
     tensors = {PREFIX + name: p.detach().cpu().contiguous() for name, p in ours}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / "adapter_config.json", config)
-    files.write_whole(folder / "adapter_model.safetensors", save(tensors, dict(format="pt")))
+    files.write_json(folder / CONFIG, config)
+    files.write_whole(folder / WEIGHTS, save(tensors, dict(format="pt")))
 
 
 def target_modules(model) -> list[str]:
@@ -45,44 +48,59 @@ def target_modules(model) -> list[str]:
     return sorted(adapted if plain & last_names else last_names)
 
 
-def load_adapter(model, folder):
-    """Put the PEFT adapter of a folder on its base model; return the model. The tensors say which
-    layers are adapted. UserError on a damaged adapter, another model's, or one beyond our layer."""
-    folder = Path(folder)
+def adapter_folder(path_or_id) -> Path:
+    """Return the folder of an adapter, of which the run folder or a Hub id may be given as well."""
+    folder = Path(path_or_id)
+    if (folder / "adapter").is_dir():
+        return folder / "adapter"
+    if is_hub_id(str(path_or_id)) and folder.parts[0] != "runs":
+        return hub_folder(str(path_or_id), needed=[CONFIG, WEIGHTS])
+    return folder
+
+
+def load_adapter(model, path_or_id):
+    """Put the PEFT adapter of a folder, run or Hub id on its base model; return the model."""
+    folder = adapter_folder(path_or_id)
     config = read_config(folder)
-    rank, alpha = config["r"], config["lora_alpha"]
-    if config["use_rslora"]:  # then PEFT scales by alpha / sqrt(rank): arXiv 2312.03732
-        alpha *= math.sqrt(rank)
-    tensors, _ = files.read_tensors(folder / "adapter_model.safetensors")
-    names = sorted({name.removeprefix(PREFIX).rsplit(".", 2)[0] for name in tensors})
+    tensors, _ = files.read_tensors(folder / WEIGHTS)
+    return put_adapter(model, tensors, config["r"], config["lora_alpha"], folder)
+
+
+def put_adapter(model, tensors, rank, alpha, where, prefix=PREFIX):
+    """Put A and B, called `prefix` and our names, on a base model; return it. They say which layers
+    are adapted. UserError on a damaged adapter, another model's, or one beyond our layer."""
+    names = sorted({name.removeprefix(prefix).rsplit(".", 2)[0] for name in tensors})
     # Check names and shapes first: for layers of a size that is a lie there may be no memory.
     if lora_layers(model):
-        raise UserError(f"this model has an adapter: {folder} fits the base model only")
-    if not names or rank < 1:
-        raise UserError(f"{folder} holds no adapter: lora_A or lora_B is missing, or r is 0")
+        raise UserError(f"this model has an adapter: {where} fits the base model only")
+    if not names:
+        raise UserError(f"{where} holds no adapter: lora_A and lora_B are missing")
     expected = {}
     for name in names:
         if name not in linear_layers(model):
-            raise UserError(f"{folder} adapts {name}, which is no linear layer of this model")
+            raise UserError(f"{where} adapts {name}, which is no linear layer of a block here")
         D_out, D_in = model.get_submodule(name).weight.shape
-        expected[f"{PREFIX}{name}.lora_A.weight"] = torch.empty(rank, D_in, device="meta")
-        expected[f"{PREFIX}{name}.lora_B.weight"] = torch.empty(D_out, rank, device="meta")
-    files.check_tensors(tensors, expected, folder)
+        expected[f"{prefix}{name}.lora_A.weight"] = torch.empty(rank, D_in, device="meta")
+        expected[f"{prefix}{name}.lora_B.weight"] = torch.empty(D_out, rank, device="meta")
+    files.check_tensors(tensors, expected, where)
     attach(model, names, rank, alpha)
     for name, p in lora_parameters(model).items():
-        p.data.copy_(tensors[PREFIX + name])
+        p.data.copy_(tensors[prefix + name])
     return model.eval()
 
 
 def read_config(folder: Path) -> dict:
-    """Return adapter_config.json with PEFT's defaults; UserError on what we do not compute. Dropout
-    is checked and not used: it acts in training mode only, and our models stay in eval mode."""
+    """Return adapter_config.json with PEFT's defaults and our alpha; UserError on what we do not
+    compute. Dropout is checked and not used, as our models stay in eval mode."""
     types = {name: type(value) for name, value in DEFAULTS.items()}
-    found = files.read_json(folder / "adapter_config.json")
+    found = files.read_json(folder / CONFIG)
     config = DEFAULTS | files.checked(found, folder, **types)
     refused = [name for name in UNSUPPORTED.split() if config.get(name)]
     refused += [name for name, values in ALLOWED.items() if config.get(name) not in values]
     refused += ["lora_dropout"] if config["lora_dropout"] > 1 else []
+    refused += [name for name in ("r", "lora_alpha") if config[name] == 0]
     if refused:
         raise UserError(f"{folder}: {refused[0]} = {config.get(refused[0])!r} is not supported")
+    # For rsLoRA PEFT scales by alpha / sqrt(rank): arXiv 2312.03732.
+    config["lora_alpha"] *= math.sqrt(config["r"]) if config["use_rslora"] else 1.0
     return config

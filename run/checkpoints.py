@@ -14,8 +14,8 @@ from pathlib import Path
 import safetensors.torch
 from tqdm import tqdm
 
-from hf.peft import save_adapter
-from lora import lora_parameters
+from hf.peft import load_adapter, put_adapter, save_adapter
+from lora import add_lora, lora_parameters
 from run.folder import run_name
 from system import files, processes
 from system.errors import UserError, on_signals
@@ -124,15 +124,28 @@ def newest_checkpoint(folder):
     return {}, 0
 
 
-def resume_or_start(folder, model, optimizer, cfg) -> int:
-    """Restore the newest checkpoint and cut the rows after it, or save a first; return its step."""
-    tensors, step = newest_checkpoint(folder)
+def adapt(model, cfg, resume):
+    """Put an adapter on the base model: the newest checkpoint's, that of --adapter, or a new one.
+    Return tensors and step of that checkpoint; once there is one, --adapter is not read again."""
+    tensors, step = newest_checkpoint(Path(cfg.out)) if resume else ({}, 0)
     if tensors:
-        restore(tensors, model, optimizer, folder)
+        own = {name: x for name, x in tensors.items() if name.startswith("adapter.")}
+        put_adapter(model, own, cfg.rank, cfg.alpha, cfg.out, "adapter.")
+    elif cfg.adapter:
+        load_adapter(model, cfg.adapter)
+    else:
+        add_lora(model, cfg.rank, cfg.alpha, seed=cfg.seed)
+    return tensors, step
+
+
+def resume_or_start(folder, model, optimizer, cfg, tensors, step):
+    """Restore the optimizer of a checkpoint and cut the rows after it, or save a first one."""
+    if tensors:
+        restore(tensors, optimizer)
     else:
         save(folder, model, optimizer, step, cfg)
     if processes.rank() > 0:
-        return step
+        return
     if tensors:
         kept = {}
         for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl"):
@@ -146,20 +159,13 @@ def resume_or_start(folder, model, optimizer, cfg) -> int:
         save_adapter(model, folder / "adapter", cfg.model)  # a crash may have left an older one
     config = files.read_json(folder / "config.json") | dict(settings=asdict(cfg))
     files.write_json(folder / "config.json", config)
-    return step
 
 
-def restore(tensors, model, optimizer, folder):
-    """Give model and optimizer the tensors of a checkpoint."""
-    adapter = {}
+def restore(tensors, optimizer):
+    """Give the optimizer the tensors of a checkpoint."""
     saved = optimizer.state_dict()
     for name, tensor in tensors.items():
         part, key = name.split(".", 1)  # `adapter` and a parameter, or the index of one and a state
-        if part == "adapter":
-            adapter[key] = tensor
-        else:  # a clone, because the tensor is memory of the file
+        if part != "adapter":  # a clone, because the tensor is memory of the file
             saved["state"].setdefault(int(part), {})[key] = tensor.clone()
-    files.check_tensors(adapter, lora_parameters(model), folder)
-    for name, parameter in lora_parameters(model).items():
-        parameter.data.copy_(adapter[name])
     optimizer.load_state_dict(saved)

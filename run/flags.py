@@ -10,7 +10,7 @@ import torch
 
 from data.problems import TINY, prompt_text
 from hf import checkpoint
-from hf.peft import load_adapter
+from hf.peft import adapter_folder, load_adapter, read_config
 from run.checkpoints import resumed_settings
 from system.errors import Parser, UserError, check_numbers, flag_name
 from system.files import read_json
@@ -18,7 +18,7 @@ from system.files import read_json
 DTYPES = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
 FLAGS = {  # name: (default, help)
     "model": (str(TINY), "a checkpoint folder or a Hub id"), "revision": ("", "of the Hub id"),
-    "adapter": ("", "a PEFT adapter, such as runs/NAME/adapter"),
+    "adapter": ("", "a PEFT adapter: its folder, that of a run, or a Hub id"),
     "data": ("tiny", "tiny, math, math500, gsm8k or a JSONL file"),
     "device": ("auto", "auto, cpu, cuda, cuda:1, ..."), "seed": (1, "of everything that is random"),
     "dtype": ("auto", "of the frozen weights: fp32, bf16, or auto (fp32 on CPU)"),
@@ -117,12 +117,26 @@ def parse_settings(Settings, presets, about):
         parser.add_argument(flag_name(field.name), default=argparse.SUPPRESS, help=text, **options)
     given = vars(parser.parse_args())
     resume = given.pop("resume")
-    given = presets.get(given.get("preset"), {}) | given
+    preset = presets.get(given.get("preset"), {})
+    if given.get("adapter"):  # which has a rank and an alpha
+        preset = {name: value for name, value in preset.items() if name not in ("rank", "alpha")}
+        preset |= adapter_shape(given) if resume is None else {}
+    given = preset | given
     cfg = Settings(**given)
     if resume is not None:
         cfg = resumed_settings(cfg, given, resume)
     check(cfg)
     return cfg, resume is not None
+
+
+def adapter_shape(given) -> dict:
+    """Return rank and alpha of the adapter to start from; UserError if flags ask for others."""
+    config = read_config(adapter_folder(given["adapter"]))
+    shape = dict(rank=config["r"], alpha=config["lora_alpha"])
+    for name, value in shape.items():
+        if given.get(name, value) != value:
+            raise UserError(f"{flag_name(name)} {given[name]}: the adapter has {value}, so omit it")
+    return shape
 
 
 def check(cfg):

@@ -24,7 +24,10 @@ FIGURES += "eff {effective_token_ratio:.2f}  tok/s {tokens_per_second:.0f}"
 # ---- The folder ----------------------------------------------------------------------------------
 def run_name(cfg) -> str:
     """Return what a run without --out is called: what it does."""
-    return "-".join([cfg.credit, Path(cfg.model).name, Path(cfg.data).stem, f"seed{cfg.seed}"])
+    parts = [cfg.credit, Path(cfg.model).name, Path(cfg.data).stem, f"seed{cfg.seed}"]
+    if cfg.adapter:  # runs/A/adapter is the adapter of A
+        parts += ["from", Path(cfg.adapter.removesuffix("/adapter")).name]
+    return "-".join(parts)
 
 
 def new_run(cfg, model) -> Path:
@@ -36,7 +39,7 @@ def new_run(cfg, model) -> Path:
     while not cfg.out and folder.exists():
         number += 1
         folder = Path(f"runs/{run_name(cfg)}-{number}")
-    if (folder / "config.json").exists() or (folder / "trainer.safetensors").exists():
+    if any((folder / x).exists() for x in ("config.json", "trainer.safetensors", "adapter")):
         raise UserError(f"{folder} holds a run: give another --out, or --resume to continue it")
     folder.mkdir(parents=True, exist_ok=True)
     # config.json: every setting, and what else it takes to know what was run.

@@ -22,6 +22,9 @@ from conftest import ROOT, hf_model, save_tokenizer
 
 from data.problems import HUB, load_problems
 from hf.checkpoint import hub_model, load_model
+from hf.merge import merge
+from hf.peft import adapter_folder, save_adapter
+from lora import add_lora
 from system.errors import UserError, run_cli
 
 OLD, NEW = "1" * 40, "2" * 40  # two commits of every repository
@@ -160,8 +163,10 @@ def print_calls(calls, prepare):
     if prepare:
         prepare()
     for kind, *args in calls:
+        load = dict(model=hub_model, adapter=adapter_folder, data=load_problems, merge=merge)[kind]
         try:
-            found = str(hub_model(*args)) if kind == "model" else load_problems(*args)
+            found = load(*args)
+            found = found if isinstance(found, list) else str(found)
         except UserError as error:
             found = dict(error=str(error))
         print(json.dumps(found), flush=True)
@@ -267,6 +272,37 @@ def test_the_command_line(hub, folder, tmp_path):
     assert sample(*pinned) == sample("--model", str(folder)) == sample(*pinned, HF_HUB_OFFLINE="1")
     error = f"error: some/tiny has no revision {NEW}: check --revision\n"
     assert sample("--model", "some/tiny", "--revision", NEW) == (2, "", error)
+
+
+def test_an_adapter_by_its_id(hub, tmp_path):
+    """An adapter on the Hub is what people share; a path in runs/ is a slip, and no name there."""
+    wanted = ["adapter_config.json", "adapter_model.safetensors"]
+    there = [*wanted, "optimizer.pt", "README.md"]
+    hub.repos["models/some/sft"] = {NEW: {name: name.encode() for name in there}}
+    hub.repos["models/some/full"] = {NEW: {"model.safetensors": b"x"}}
+    calls = ["adapter", "some/sft"], ["adapter", "some/full"], ["adapter", "runs/sft"]
+    [path, error, mine] = read(hub, tmp_path, *calls)
+    assert path.endswith(NEW) and hub.asked() == wanted
+    assert error == f"some/full has no adapter_config.json at {NEW}: choose another"
+    assert mine == "runs/sft"
+
+
+def test_an_adapter_is_merged_into_a_base_on_the_hub(hub, sharded, tmp_path):
+    """The weights of another commit than the adapter was trained on; or a model without the chat
+    template and tokenizer files that training does not read."""
+    folder, files = sharded
+    files = files | {"chat_template.jinja": b"{{ messages }}"}
+    hub.repos["models/some/tiny"] = {OLD: files, NEW: {"config.json": b"{}"}}
+    save_adapter(add_lora(load_model(folder), 2, 4), tmp_path / "run" / "adapter")
+    settings = dict(model="some/tiny", revision=OLD, random_init=False)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(dict(settings=settings)))
+    call = ["merge", str(tmp_path / "run"), str(tmp_path / "out")]
+    assert read(hub, tmp_path / "cache", call) == ["0.0"]  # B is 0
+    merged = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    wanted = [*needed(files), "tokenizer_config.json", "chat_template.jinja"]
+    assert merged == {name: files[name] for name in wanted}
+    call[2] += "-2"
+    assert read(hub, tmp_path / "cache", call, HF_HUB_OFFLINE="1") == ["0.0"]
 
 
 def test_a_line_that_drops_is_taken_up_where_it_dropped(hub, sharded, tmp_path):

@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_model
+from safetensors.torch import load_file, save_file
 
 import train
 from data.problems import TINY
@@ -254,6 +255,44 @@ def test_a_killed_run_with_all_threads_ends_as_if_nothing_had_happened(flags, tm
     assert stop(folder, flags, "update", 2, threads=CORES) == -signal.SIGKILL
     assert finish(folder, flags, threads=CORES)[0] == 0
     assert outcome(folder) == outcome(whole)
+
+
+def sft_adapter(folder):
+    """An adapter such as PEFT may leave it: rsLoRA, bf16, on some layers of some blocks."""
+    rng = torch.Generator().manual_seed(3)
+    tensors = {}
+    for name in ("layers.1.self_attn.q_proj", "layers.3.self_attn.q_proj"):  # 128 to 128
+        A = torch.randn(4, 128, generator=rng) / 10
+        B = torch.randn(128, 4, generator=rng) / 10
+        tensors[f"base_model.model.model.{name}.lora_A.weight"] = A.bfloat16()
+        tensors[f"base_model.model.model.{name}.lora_B.weight"] = B.bfloat16()
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = dict(peft_type="LORA", r=4, lora_alpha=3, use_rslora=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder, tensors
+
+
+def test_a_run_that_began_from_an_adapter_goes_on_without_it(flags, tmp_path):
+    """All seven projections, or --rank, where the adapter has others; a run that starts again from
+    an adapter which has changed since, or cannot go on because it is gone."""
+    sft, tensors = sft_adapter(tmp_path / "sft")
+    whole = tmp_path / "whole"
+    folder = tmp_path / "run"
+    flags = [*flags, "--credit", "arca", "--steps", 2, "--save-every", 1, "--adapter", sft]
+    code, said = finish(whole, flags)
+    assert code == 0, said
+    assert stop(folder, flags, "update", 1) == -signal.SIGKILL
+    shutil.rmtree(sft)
+    code, said = finish(folder, flags)
+    assert code == 0, said
+    assert outcome(folder) == outcome(whole)
+    kept = json.loads((folder / "config.json").read_text())["settings"]
+    assert (kept["rank"], kept["alpha"], kept["adapter"]) == (4, 6.0, str(sft))  # 3 x sqrt(4)
+    trained = load_file(folder / ADAPTER)
+    assert trained.keys() == tensors.keys()
+    assert any((x - tensors[name]).abs().max() > 0 for name, x in trained.items())
+    assert rows(folder)[0]["credit_fallback"] == 0 < rows(folder)[0]["residual_mean"]
 
 
 class Killed(BaseException):

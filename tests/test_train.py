@@ -16,7 +16,7 @@ import train
 from credit import METHODS
 from data.problems import problems_of_step
 from run.flags import check
-from run.folder import new_run, summary
+from run.folder import new_run, run_name, summary
 from system.errors import UserError, run_cli
 from system.files import append, write_json
 
@@ -153,6 +153,11 @@ BAD_LINE = '{"problem": "1+1?", "answer": 2}\n{"problem": "no gold"}\n'
         (["--dtype", "int8"], "--dtype int8: use one of auto, fp32, bf16"),
         (["--chat"], "ChatML"),
         (["--out", "{run}"], "--resume"),
+        (["--out", "{held}"], "holds a run"),
+        (["--adapter", "{run}", "--rank", 8], "the adapter has 16, so omit it"),
+        (["--adapter", "{run}", "--alpha", 16], "the adapter has 32.0, so omit it"),
+        (["--adapter", "{new}"], "adapter_config.json is missing"),
+        (["--adapter", "runs/none"], "adapter_config.json is missing"),
         (["--out", "{run}", "--resume", "--lr", 1], "lr = 0.002"),
         (["--resume"], "no run runs/"),
         (["--out", "{new}", "--resume"], "config.json"),
@@ -163,8 +168,10 @@ def test_errors_are_one_line(monkeypatch, capsys, tmp_path, run, flags, says):
     """A traceback, or silence, where a user made a slip; or a good run overwritten by it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text(BAD_LINE)
+    (tmp_path / "held" / "adapter").mkdir(parents=True)  # which a run would write over
     before = (run[0] / "metrics.jsonl").read_bytes()
     names = dict(bad=tmp_path / "bad.jsonl", run=run[0], new=tmp_path / "new")
+    names["held"] = tmp_path / "held"
     assert cli(monkeypatch, *[str(flag).format(**names) for flag in flags]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -214,6 +221,25 @@ def test_the_end_of_a_run_leaves_out_steps_that_were_skipped(capsys, tmp_path):
     assert "Gini 0.250, effective-token ratio 0.750" in capsys.readouterr().out
 
 
+def test_an_adapter_brings_its_rank_and_alpha(monkeypatch, tmp_path, run):
+    """A config.json that states another rank than was trained; a preset whose rank the adapter
+    cannot have; or the command that began a run refused when --resume is added to it."""
+    monkeypatch.chdir(tmp_path)
+    command = ["--preset", "paper", "--adapter", str(run[0]), "--rank", "16"]
+
+    def parsed(*more):
+        monkeypatch.setattr(sys, "argv", ["train.py", *command, *more])
+        return train.parse_settings(train.Settings, train.PRESETS, "Train")[0]
+
+    cfg = parsed()
+    assert (cfg.rank, cfg.alpha, cfg.lr) == (16, 32.0, train.PRESETS["paper"]["lr"])
+    assert run_name(cfg) == "arca-Qwen3-1.7B-Base-math-seed1337-from-full"
+    cfg.adapter += "/adapter"
+    assert run_name(cfg).endswith("-from-full")
+    cfg.adapter = str(run[0])
+    assert parsed("--resume", str(new_run(cfg, torch.nn.Linear(1, 1)))).rank == 16
+
+
 def test_schedule():
     """A warmup from 0 wastes the first step, a cosine that ends at 0 the last."""
     cfg = train.Settings(lr=1.0, warmup=4, steps=12)
@@ -242,7 +268,7 @@ def test_help_names_every_setting():
     command = [sys.executable, "train.py", "--help"]
     done = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    flags = """credit preset model revision random-init chat data eval-data eval-problems
+    flags = """credit preset model revision adapter random-init chat data eval-data eval-problems
         eval-samples eval-every steps prompts samples max-prompt-tokens max-new-tokens temperature
         top-p rank alpha lr sharpening warmup beta2 max-grad-norm advantage aggregate
         epochs-per-rollout clip-eps-low clip-eps-high kl-coef micro-batch-tokens
