@@ -46,7 +46,7 @@ def curve(rows, cell, key, smooth=1):
     runs = list(in_cell(rows, cell).values())
     if not runs:
         return None
-    x = np.array([row[key] for row in runs])  # (S, steps)
+    x = np.array([row[key] for row in runs], dtype=float)  # (S, steps)
     smooth = min(smooth, x.shape[1])
     x = np.stack([np.convolve(row, np.ones(smooth) / smooth, "valid") for row in x])
     points = [crossed(column[:, None]) for column in x.T]
@@ -138,7 +138,7 @@ def classes(fig, about, rows):
             runs = in_cell(rows, cell_of(about, rule, power)).values()
             if not runs:
                 continue
-            shares, left = np.mean([row[kind] for row in runs], axis=0), 0.0
+            shares, left = np.mean([row[kind] for row in runs], axis=0, dtype=float), 0.0
             for share, colour in zip(shares, CLASS_COLOURS, strict=True):
                 ax.barh(i, share, left=left, color=colour, edgecolor="white")
                 if share > 0.06:

@@ -34,7 +34,8 @@ def training(folder) -> dict:
     steps = read_rows(folder / "metrics.jsonl")
     row = {key: [step[key] for step in steps] for key in CURVES}
     for kind in ("tokens", "credit"):
-        means = [np.mean([step[f"{kind}/{name}"] for step in steps]) for name in CLASSES]
+        shares = [[step[f"{kind}/{name}"] for step in steps] for name in CLASSES]
+        means = np.mean(shares, axis=1, dtype=float)  # null makes nan
         row[kind] = [round(float(x), 6) for x in means]
     evals = read_rows(folder / "evals.jsonl")
     return row | dict(held_out={str(x["step"]): x["greedy"] for x in evals})
