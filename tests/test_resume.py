@@ -1,6 +1,6 @@
 """A run is killed, stopped or fails, goes on, and ends as if nothing had happened.
 
-    PYTHONPATH=. python tests/test_resume.py --kills 100    # the default task, for half an hour
+    PYTHONPATH=. python tests/test_resume.py --kills 100    # 80 steps of four problems each
 
 Runs are real ones of train.main, in processes forked from one that has imported everything (torch
 takes seconds). Each says when it begins to sample, to update, to save or to evaluate, so that a
@@ -44,8 +44,11 @@ SMALL = f"{SMALL} --save-every 2 --eval-every 3 --credit uniform --seed 2".split
 PRELOAD = ["train", "torch._dynamo", "torch.distributed.run"]  # all that takes long to import
 CORES = len(os.sched_getaffinity(0))  # as many threads does torch use if nobody tells it otherwise
 PHASES = {"sampling": 0.1, "update": 0.1, "saving": 0.02, "evaluation": 0.1}  # and their seconds
-LONGER = {"sampling": 1.0, "update": 1.0, "saving": 0.05, "evaluation": 4.0}  # of the default task
-LONGER |= {"starting": 2.0, "importing": 4.0}  # model and checkpoint are read; before that
+# Of main's run. It is starting while model and checkpoint are read, and before that importing.
+LONGER = {"sampling": 0.4, "update": 0.3, "saving": 0.05, "evaluation": 2.0}
+LONGER |= {"starting": 2.0, "importing": 4.0}
+ORDER = ["sampling", "update", "saving", "starting", "importing"]
+ORDER += ["sampling", "update", "saving", "starting", "evaluation"]
 
 # Threads that have nothing to do sleep: else they take the time of whatever else runs here.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read by the process that all runs are forked from
@@ -224,7 +227,7 @@ def kill_often(folder, flags, kills, steps, delays, seed):
     moments = [("saving", 0), ("evaluation", 0)]
     for i in range(kills - 3):
         at = int((i + rng.random()) * steps / (kills - 3))
-        moments.append((["sampling", "update", "saving", "starting", "importing"][i % 5], at))
+        moments.append((ORDER[i % len(ORDER)], at))
     for phase, at in [*moments, ("evaluation", steps)]:
         died[kill(folder, flags, phase, at, rng.uniform(0, delays[phase]))] += 1
         print(f"after {len(rows(folder))} steps: {dict(died)}", flush=True)
@@ -628,21 +631,19 @@ def test_tensorboard_gets_every_number_once(flags, monkeypatch, capsys, tmp_path
         assert told == [(step, pytest.approx(value, rel=1e-5)) for step, value in written]
 
 
-# ---- The default task ----------------------------------------------------------------------------
+# ---- Many kills ----------------------------------------------------------------------------------
 
 
 def main():
-    parser = Parser(description="Kill the default run, resume it, and compare.")
-    parser.add_argument("--kills", type=int, default=20)
+    parser = Parser(description="Kill a run many times, resume it, and compare.")
+    parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
-    assert finish(folder / "whole", [])[0] == 0
-    often = ["--save-every", 4]  # or each kill would cost ten steps
-    died = kill_often(
-        folder / "killed", often, args.kills, train.Settings().steps, LONGER, args.seed
-    )
-    assert finish(folder / "killed", often)[0] == 0
+    flags = "--steps 80 --prompts 4 --eval-every 5 --eval-problems 50 --save-every 4".split()
+    assert finish(folder / "whole", flags)[0] == 0
+    died = kill_often(folder / "killed", flags, args.kills, 80, LONGER, args.seed)
+    assert finish(folder / "killed", flags)[0] == 0
     same = outcome(folder / "whole") == outcome(folder / "killed")
     same &= set(os.listdir(folder / "whole")) == set(os.listdir(folder / "killed"))
     print(f"{died.total()} kills, {dict(died)}:", "equal" if same else f"DIFFERENT, see {folder}")
