@@ -1,7 +1,7 @@
 """Our credit rules inside TRL's GRPOTrainer: any model and any number of GPUs that TRL can train.
 
-    python examples/trl_credit.py --credit arca                  # the embedded model, on a CPU
-    accelerate launch --cpu --num_processes 2 examples/trl_credit.py --credit arca
+    python examples/trl_credit.py --credit arca       # the embedded model, minutes on a CPU
+    accelerate launch --multi_gpu --num_processes 2 examples/trl_credit.py --credit arca
 
 CreditGRPOTrainer is GRPOTrainer (TRL 1.16) with two more arguments, `credit` and `sharpening`. It
 needs nothing of this project but credit.py: to use it elsewhere, copy credit.py and the class.
@@ -84,22 +84,23 @@ class CreditGRPOTrainer(GRPOTrainer):
             raise ValueError(f"no credit rule {credit!r}: use one of {', '.join(METHODS)}")
         if not 0 < sharpening < math.inf:
             raise ValueError(f"sharpening {sharpening} is not positive")
-        super().__init__(*args, **kwargs)
         self.credit = credit
         self.sharpening = sharpening
         self.reads = set(METHODS[credit].reads)
+        for name in ("tools", "environment_factory"):
+            self.refuse(name, kwargs.get(name))
+        super().__init__(*args, **kwargs)
+        self.refuse("images", self._is_vlm)
+        self.refuse("an encoder", getattr(self.model.config, "is_encoder_decoder", False))
         if self.reads & NEED_ADAPTER and not is_peft_model(self.model):
             way = "pass a peft_config or a PeftModel"
             raise ValueError(f"{credit} compares the policy with its base, without adapter: {way}")
-        if credit != "uniform":
-            self.refuse("images", self._is_vlm)
-            self.refuse("encoders", getattr(self.model.config, "is_encoder_decoder", False))
-            self.refuse("tools and environments", self.tools)
 
     def refuse(self, what, present):
-        """Raise ValueError if something is present of which the rules know nothing."""
-        if present:
-            raise ValueError(f"{self.credit} is for text that the policy wrote alone, not {what}")
+        """Raise ValueError if something is present of which no rule but `uniform` knows."""
+        if present and self.credit != "uniform":
+            only = "works on text that the policy wrote alone"
+            raise ValueError(f"{self.credit} {only}, without {what}: use credit='uniform'")
 
     def _generate_and_score_completions(self, inputs):
         """Sample, grade and compare as TRL does; then share the advantages out among the tokens."""
@@ -108,7 +109,7 @@ class CreditGRPOTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         mask = output["completion_mask"]  # (B, T) all 0 if a truncated completion is masked
         if "tool_mask" in output:  # of a rollout_func
-            self.refuse("text with an env_mask", self.credit != "uniform")
+            self.refuse("an env_mask", True)
             mask = mask * output["tool_mask"]
         training = self.model.training
         self.model.eval()  # signals are without dropout; nothing is kept for a backward pass
@@ -248,11 +249,14 @@ def parse():
 def grpo_config(cfg, rows, vllm):
     """Return TRL's settings for the run that train.py makes of cfg, as far as TRL has them."""
     total = cfg.prompts * cfg.samples
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # accelerate launch sets it
-    rows = min(rows, total // processes)
-    if rows < 1 or total % (rows * processes):
-        way = "choose --prompts, --samples and --rows so that it is"
-        raise UserError(f"{total} completions are no multiple of {processes} x {rows}: {way}")
+    count = int(os.environ.get("WORLD_SIZE", 1))  # of the processes
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        way = "add --multi_gpu, which is also how it starts several on CPUs"
+        raise UserError(f"accelerate was asked for several processes and started one: {way}")
+    rows = min(rows, total // count)
+    if rows < 1 or total % (rows * count):
+        way = "choose --prompts, --samples and --rows so that they are"
+        raise UserError(f"{total} completions are no multiple of {count} x {rows}: {way}")
     on_gpu = torch.cuda.is_available()
     return GRPOConfig(
         output_dir=cfg.out,
@@ -261,7 +265,7 @@ def grpo_config(cfg, rows, vllm):
         # One step is the same completions however many processes there are.
         num_generations=cfg.samples,
         per_device_train_batch_size=rows,
-        gradient_accumulation_steps=total // (rows * processes),
+        gradient_accumulation_steps=total // (rows * count),
         shuffle_dataset=False,  # the data set has train.py's order
         # The same policy as train.py's: nothing is cut.
         max_completion_length=cfg.max_new_tokens,
@@ -278,6 +282,7 @@ def grpo_config(cfg, rows, vllm):
         weight_decay=0.0,
         max_grad_norm=cfg.max_grad_norm,
         # The machine, and what is left behind.
+        ddp_find_unused_parameters=False,
         use_cpu=not on_gpu,
         bf16=on_gpu,
         gradient_checkpointing=on_gpu,
