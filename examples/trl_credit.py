@@ -26,7 +26,8 @@ from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
-    if absent := [name for name in ("trl", "peft", "datasets") if find_spec(name) is None]:
+    absent = [name for name in ("trl", "peft", "datasets") if find_spec(name) is None]
+    if absent:
         print(f"error: no {absent[0]} here: pip install -r requirements-dev.txt", file=sys.stderr)
         sys.exit(2)
     sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -141,9 +142,8 @@ class CreditGRPOTrainer(GRPOTrainer):
         negative = None
         if "neg_logp" in self.reads:
             ids, _, _ = self._tokenize_prompts([row["negative_prompt"] for row in inputs])
-            negative = self._tokenizer.pad(
-                {"input_ids": ids}, padding_side="left", return_tensors="pt"
-            ).to(mask.device)
+            how = dict(padding_side="left", return_tensors="pt")
+            negative = self._tokenizer.pad({"input_ids": ids}, **how).to(mask.device)
         size = self.args.per_device_train_batch_size
         if not training:
             size = self.args.per_device_eval_batch_size

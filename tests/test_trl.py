@@ -2,6 +2,7 @@
 processes, and with `uniform` it is GRPOTrainer."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 for package in ("trl", "peft", "datasets"):
     pytest.importorskip(package)
 
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 from helpers import (
     COMPLETIONS,
@@ -39,6 +42,7 @@ from grpo import group_advantages, update
 from hf.checkpoint import load_model
 from hf.peft import PREFIX, load_adapter, save_adapter
 from lora import add_lora, lora_parameters
+from system.errors import run_cli
 
 HOUSE = Path(__file__).parent.parent
 # Two groups of unequal prompts and ragged completions, of which some are cut off, with EOS inside
@@ -330,6 +334,50 @@ def test_text_of_others_is_refused(trainer, monkeypatch):
 
 
 # ---- The command and several processes -----------------------------------------------------------
+def command(monkeypatch, *flags):
+    """Run the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["trl_credit.py", *map(str, flags)])
+    run_cli(trl_credit.main)
+
+
+def test_what_the_command_refuses(monkeypatch, capsys, tmp_path):
+    """A run that starts although its result would overwrite another, or that is not the one asked
+    for: a step of other completions, or one process where accelerate was asked for several."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    out = ["--out", tmp_path / "new"]
+    asked = [(["--out", tmp_path], "holds an adapter"), (["--credit", "arac", *out], "use one of")]
+    asked += [(["--rows", 3, *out], "128 completions"), (["--samples", 1, *out], "--samples 2")]
+    asked += [(["--model", "no/such/model", *out], "no model folder")]
+    for flags, says in asked:
+        with pytest.raises(SystemExit, match="2"):
+            command(monkeypatch, *flags)
+        assert says in capsys.readouterr().err
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, *out)
+    assert "--multi_gpu" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_trl_it_says_what_to_install(monkeypatch, capsys):
+    """A traceback of an import, where a requirement is missing."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trl" else name)
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(HOUSE / "examples/trl_credit.py", run_name="__main__")
+    said = capsys.readouterr().err
+    assert "trl" in said and "pip install" in said
+
+
+@pytest.mark.parametrize("name", ["zero3", "fsdp"])
+def test_accelerate_reads_the_configs(name):
+    """A key that accelerate does not know, or a value that it reads as something else."""
+    config = load_config_from_file(str(HOUSE / f"examples/{name}.yaml"))
+    assert (config.num_processes, config.mixed_precision) == (8, "bf16")
+    arguments = launch_command_parser().parse_args(["x.py"])
+    for key in (*config.deepspeed_config, *config.fsdp_config):
+        assert hasattr(arguments, key), key
+
+
 FLAGS = "--prompts 2 --samples 4 --rows 2 --max-new-tokens 16 --eval-problems 4"
 ON_TWO = ("arca", "eapo", "delta", "forking")
 
