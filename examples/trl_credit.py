@@ -4,7 +4,8 @@
     accelerate launch --multi_gpu --num_processes 2 examples/trl_credit.py --credit arca
 
 CreditGRPOTrainer is GRPOTrainer (TRL 1.16) with two more arguments, `credit` and `sharpening`. It
-needs nothing of this project but credit.py: to use it elsewhere, copy credit.py and the class.
+needs nothing of this project but credit.py, and that as it stands: to use it elsewhere, copy the
+two.
 
 TRL samples, grades, and compares each completion with its group, which gives advantages (B,). Its
 loss also takes advantages (B, T) "from subclasses". So all that there is to do is to read what the
@@ -234,7 +235,7 @@ def parse():
             options = dict(action="store_true")
         parser.add_argument(flag_name(name), help=ours[name].metadata["help"], **options)
     parser.add_argument("--adapter", default="", help="a PEFT adapter to go on from; default: new")
-    parser.add_argument("--rows", type=int, default=32, help="completions a process trains on")
+    parser.add_argument("--rows", type=int, default=32, help="completions in memory at a time")
     parser.add_argument("--vllm", action="store_true", help="sample by vLLM, beside the training")
     parser.add_argument("--skip-eval", action="store_true", help="do not evaluate before and after")
     args = parser.parse_args()
@@ -250,7 +251,8 @@ def grpo_config(cfg, rows, vllm):
     """Return TRL's settings for the run that train.py makes of cfg, as far as TRL has them."""
     total = cfg.prompts * cfg.samples
     count = int(os.environ.get("WORLD_SIZE", 1))  # of the processes
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+    by_accelerate = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+    if by_accelerate and "WORLD_SIZE" not in os.environ:
         way = "add --multi_gpu, which is also how it starts several on CPUs"
         raise UserError(f"accelerate was asked for several processes and started one: {way}")
     rows = min(rows, total // count)
@@ -329,10 +331,8 @@ class Show(TrainerCallback):
 
     def on_log(self, args, state, control, logs, **rest):
         if state.is_world_process_zero and "reward" in logs and state.global_step % 5 == 0:
-            text = (
-                "step {:4d}  reward {reward:.2f}  gini {gini:.2f}  eff {effective_token_ratio:.2f}"
-            )
-            print(text.format(state.global_step, **logs), flush=True)
+            figures = "reward {reward:.2f}  gini {gini:.2f}  eff {effective_token_ratio:.2f}"
+            print(f"step {state.global_step:4d}  {figures.format(**logs)}", flush=True)
 
 
 def evaluate_adapter(cfg, adapter, held_out, step):

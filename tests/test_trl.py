@@ -352,7 +352,8 @@ def test_what_the_command_refuses(monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit, match="2"):
             command(monkeypatch, *flags)
         assert says in capsys.readouterr().err
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for name in ("MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.setenv(name, "no")
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, *out)
     assert "--multi_gpu" in capsys.readouterr().err
