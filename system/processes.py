@@ -45,8 +45,7 @@ def start(device):
 
 def hold(folder):
     """Let no other process work on a run until this one ends, however that happens; UserError tells
-    which one does. (Its name is not in the lock, since on Windows no other process can read that.)
-    """
+    which one does. (On Windows no other process can read the lock, so its name is beside it.)"""
     if not FIRST:
         return
     HELD.clear()  # a run that has ended in this process
