@@ -8,7 +8,11 @@ of bounded depth and bounds each number before it is computed.
 
 import argparse
 import math
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C during the imports exits without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 

@@ -145,6 +145,7 @@ def main():
             record("evals.jsonl", evals[-1])
 
     # 3) Train.
+    way = f"python train.py --resume {folder} goes on"
     off = processes.rank() > 0 or None  # None: where there is no terminal
     bar = tqdm(range(done + 1, cfg.steps + 1), disable=off, dynamic_ncols=True)
     try:
@@ -186,8 +187,11 @@ def main():
             evaluate_once(step)
     except KeyboardInterrupt as stop:  # whatever was in flight is dropped
         save(folder, model, optimizer, done, cfg)
-        said = f"step {done} is saved, python train.py --resume {folder} goes on"
-        raise KeyboardInterrupt(*stop.args, said) from None
+        raise KeyboardInterrupt(*stop.args, f"step {done} is saved, {way}") from None
+    except (OSError, MemoryError, RuntimeError) as error:  # the machine's fault, not the run's
+        if (folder / "config.json").exists():
+            error.add_note(way)
+        raise
     summary(folder, history, evals, cfg)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data.problems import json_rows
 from system.errors import UserError, printable
+from system.files import write_whole
 
 GROUPS = ("level", "subject", "type", "kind")  # what problems are counted by
 NORMAL = 1.959964  # quantile of the standard normal distribution for two-sided 95 % intervals
@@ -29,7 +30,7 @@ def write_answers(name: str, rows: list[dict]) -> Path:
     path = Path(name) if name else next(path for path in numbered if not path.exists())
     path.parent.mkdir(parents=True, exist_ok=True)
     # ASCII, because a model can write half of a surrogate pair, for which UTF-8 has no bytes.
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode("ascii"))
     return path
 
 

@@ -19,7 +19,7 @@ from hf.peft import load_adapter, put_adapter, save_adapter
 from lora import add_lora, lora_parameters
 from run.folder import run_name
 from system import files, processes
-from system.errors import UserError, on_signals
+from system.errors import UserError, interrupt, on_signals
 
 # Settings that --resume may change: they decide what is kept and seen, not what is learned.
 CHANGEABLE = """out device micro_batch_tokens gradient_checkpointing eval_every save_every
@@ -34,7 +34,7 @@ def uninterrupted():
 
     def wait(number, frame):
         caught.append(number)
-        on_signals(signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
         if sys.stderr.isatty():  # print() must not be called from a signal handler
             os.write(2, b"\nstopping after this step; a second time stops at once\n")
 
@@ -45,7 +45,7 @@ def uninterrupted():
     finally:
         on_signals(before)
     if caught:
-        raise KeyboardInterrupt(caught[0])
+        interrupt(caught[0], None)
 
 
 def find_run(cfg, resume) -> Path:
@@ -68,6 +68,7 @@ def resumed_settings(cfg, given: dict, resume):
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} holds no run to resume (no config.json): start without --resume")
+    processes.hold(folder)
     stored = files.read_json(path).get("settings")
     kinds = {name: type(value) for name, value in asdict(cfg).items()}
     if not isinstance(stored, dict) or {k: type(v) for k, v in stored.items()} != kinds:
@@ -167,6 +168,6 @@ def restore(tensors, optimizer):
     saved = optimizer.state_dict()
     for name, tensor in tensors.items():
         part, key = name.split(".", 1)  # `adapter` and a parameter, or the index of one and a state
-        if part != "adapter":  # a clone, because the tensor is memory of the file
-            saved["state"].setdefault(int(part), {})[key] = tensor.clone()
+        if part != "adapter":
+            saved["state"].setdefault(int(part), {})[key] = tensor
     optimizer.load_state_dict(saved)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -41,9 +41,10 @@ def checked(raw: dict, where, **types) -> dict:
 
 
 def read_tensors(path):
-    """Return the tensors of a safetensors file by name, memory-mapped, and its metadata."""
+    """Return the tensors of a safetensors file by name, and its metadata. They are read and not
+    mapped, so that nothing that becomes of the file changes a weight or is a bus error."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", backend="pread") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
@@ -78,12 +79,12 @@ def read_rows(path) -> list[dict]:
 
 @contextmanager
 def writing(path):
-    """Turn what keeps this file from being written into a UserError."""
+    """Say of what keeps this file from being written, which it is."""
     try:
         yield
     except OSError as error:
         why = error.strerror or error
-        raise UserError(f"cannot write {path} ({why}): mend that, then --resume goes on") from None
+        raise OSError(f"cannot write {path} ({why}): mend that") from None
 
 
 def append(path, row: dict):
@@ -95,9 +96,10 @@ def append(path, row: dict):
 
 def sync(path):
     """Put what was written to a file or folder on the disk, before anything that comes later."""
-    file = os.open(path, os.O_RDONLY)
-    os.fsync(file)
-    os.close(file)
+    with suppress(PermissionError):  # Windows opens no folder, and syncs what it may write to
+        file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        os.fsync(file)
+        os.close(file)
 
 
 def write_whole(path, data: bytes, keep=1):
@@ -106,13 +108,16 @@ def write_whole(path, data: bytes, keep=1):
     part = path.with_name(f"{path.name}.part")
     versions = [path, *(path.with_name(f"{path.name}.{n}") for n in range(1, keep))]
     with writing(path):
-        part.write_bytes(data)
-        sync(part)
-        for n in reversed(range(1, keep)):  # the oldest is overwritten first
-            if versions[n - 1].exists():
-                os.replace(versions[n - 1], versions[n])
-        os.replace(part, path)
-        sync(path.parent)
+        try:
+            part.write_bytes(data)
+            sync(part)
+            for n in reversed(range(1, keep)):  # the oldest is overwritten first
+                if versions[n - 1].exists():
+                    os.replace(versions[n - 1], versions[n])
+            os.replace(part, path)
+            sync(path.parent)
+        finally:
+            part.unlink(missing_ok=True)  # a disk that is full needs the room
 
 
 def write_json(path, value: dict):

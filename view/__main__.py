@@ -5,15 +5,19 @@ A sample is a dict as run.folder.sample_rows makes it; a group is what draw.py s
 
 import argparse
 import math
+import signal
 from itertools import groupby
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C during the imports exits without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
 from credit import effective_token_ratio, gini
 from run.metrics import CLASSES, rank_correlation, token_classes
 from system.errors import UserError, printable, run_cli
-from system.files import read_rows
+from system.files import read_rows, write_whole
 from view.draw import page, show
 
 
@@ -110,7 +114,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     title = f"run {Path(cfg.run).resolve().name}"
     html = page(groups, names, cfg.sharpening, samples[-1]["credit"], title)
-    (out / "credit.html").write_text(html, encoding="utf-8")
+    write_whole(out / "credit.html", html.encode())
     show(groups, names, cfg.sharpening)
     print(f"\npage: {out / 'credit.html'}")
 
