@@ -1,29 +1,93 @@
 """JSON and safetensors, checked when they are read and whole when they are written."""
 
 import json
+import math
 import os
+import stat
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 
 from safetensors import SafetensorError, safe_open
 
 from system.errors import UserError
 
-MAX_JSON = 2**28  # bytes, ten times the largest tokenizer.json: more would fill the memory
+MAX_JSON = 2**24  # bytes: more could fill the memory. A configuration has thousands
+MAX_LINE = 2**26  # bytes of a line of a JSONL file
+MAX_LINES = 2**30  # bytes of all its lines
 LARGEST = {int: 2**20, float: 2**40}  # of the sizes and settings in other people's config files
+NUMBERS = {  # that are read of the rows of a run's files; null in metrics was not finite
+    "metrics.jsonl": ("reward", "gini", "effective_token_ratio", "groups_mixed", "skipped"),
+    "evals.jsonl": ("greedy",), "samples.jsonl": ("reward", "advantage"),
+}  # fmt: skip
+
+
+def opened(path, most=math.inf):
+    """Open a regular file of at most so many bytes to read them. UserError on anything else, which
+    is not even opened: a pipe may keep us waiting for ever, and /dev/zero has no end."""
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise UserError(f"{path} is a folder, pipe or device: save what it gives to a file first")
+    if about.st_size > most:
+        raise UserError(f"{path} has over {most} bytes, which could fill the memory: take a part")
+    return open(path, "rb")
 
 
 def read_json(path) -> dict:
     """Return the object in a JSON file; UserError if there is none."""
     try:
-        if Path(path).stat().st_size > MAX_JSON:
-            raise ValueError("too large")
-        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        if not isinstance(found, dict):
-            raise ValueError("no object")
-    except (ValueError, RecursionError, OSError) as error:
+        with opened(path, MAX_JSON) as file:
+            text = file.read(MAX_JSON).decode("utf-8-sig")  # a file of /proc may have no end, too
+        found = {**json.loads(text)}  # TypeError for all but an object
+        json.dumps(found, indent=2)  # RecursionError if it is too deep to be written again
+    except (ValueError, TypeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): get it again") from None
     return found
+
+
+def read_lines(path, of_run=False):
+    """Yield (object, "PATH, line N") for the lines of a JSONL file; UserError names one that holds
+    no object. Blank lines are skipped. A run's file has none, and if a crash has torn its last
+    line, that is ignored."""
+    where = path
+    try:
+        with opened(path, MAX_LINES) as file:
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE), b""), 1):
+                where = f"{path}, line {number}"
+                if len(line) == MAX_LINE or file.tell() > MAX_LINES:
+                    raise UserError(f"{where} is too long: it could fill the memory")
+                if line.strip() or of_run:
+                    yield {**json.loads(line.decode("utf-8-sig"))}, where
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        if where == path or not of_run or line.endswith(b"\n"):
+            raise UserError(f"{where} is damaged or missing ({error}): mend it") from None
+
+
+def is_number(x, least=-(2**40), most=2**40) -> bool:
+    """Return whether a JSON value is a number of this size; booleans and NaN are none."""
+    return type(x) in (int, float) and least <= x <= most
+
+
+def read_rows(path) -> list[dict]:
+    """Return the rows that `append` wrote to a run's file, [] if there is no file; UserError names
+    a line whose step is no later one (samples: an earlier one), or that lacks its NUMBERS."""
+    rows = []
+    for row, where in read_lines(path, of_run=True) if path.exists() else ():
+        earliest = rows[-1]["step"] + (path.name != "samples.jsonl") if rows else 0
+        whole = type(row.get("step")) is int and is_number(row["step"], earliest)
+        wrong = [] if whole else ["step"]
+        for name in NUMBERS[path.name]:
+            value = row.get(name, "")
+            lost = path.name == "metrics.jsonl" and (value is None or value != value)
+            wrong += [] if lost or is_number(value) else [name]
+        # A rate, such as pass@4, has the ends of its 95 % interval; its name reaches the screen.
+        for name in [name for name in row if name.endswith("_95")]:
+            ends = row[name] if type(row[name]) is list else []
+            rates = [x for x in (row.get(name[:-3]), *ends) if is_number(x, 0, 1)]
+            wrong += [] if len(rates) == len(ends) + 1 == 3 and name.isprintable() else [name]
+        if wrong:
+            raise UserError(f"{where} is damaged ({wrong[0]}): mend it, or start another run")
+        rows.append(row)
+    return rows
 
 
 def checked(raw: dict, where, **types) -> dict:
@@ -40,9 +104,11 @@ def checked(raw: dict, where, **types) -> dict:
     return raw
 
 
-def read_tensors(path):
-    """Return the tensors of a safetensors file by name, memory-mapped, and its metadata."""
+def read_tensors(path, most=math.inf):
+    """Return the tensors of a safetensors file by name, memory-mapped, and its metadata; UserError
+    if it has over `most` bytes."""
     try:
+        opened(path, most).close()
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
@@ -55,25 +121,11 @@ def check_tensors(found: dict, expected: dict, folder):
     for name in sorted(expected.keys() | found.keys()):
         have = tuple(found[name].shape) if name in found else "no such"
         want = tuple(expected[name].shape) if name in expected else "no such"
-        if have != want or not found[name].is_floating_point():
+        if have != want or not found[name].is_floating_point() or found[name].element_size() < 2:
             raise UserError(f"{folder}: {have} tensor {name}, but {want} float expected")
         smallest, largest = found[name].aminmax()  # makes no copy; NaN if there is one
         if not smallest.isfinite() or not largest.isfinite():
             raise UserError(f"{folder}: tensor {name} holds NaN or infinity: get the file again")
-
-
-def read_rows(path) -> list[dict]:
-    """Return what `append` wrote, each row with its step; a torn last line is ignored."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append(dict(row, step=int(row["step"])))
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):
-                raise UserError(f"{path}, line {number} is damaged: mend it") from None
-    return rows
 
 
 @contextmanager
@@ -84,6 +136,12 @@ def writing(path):
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"cannot write {path} ({why}): mend that, then --resume goes on") from None
+
+
+def to_json(value, **layout) -> str:
+    """Return valid JSON, with null in place of NaN and infinity."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(finite, allow_nan=False, **layout)
 
 
 def append(path, row: dict):

@@ -84,14 +84,19 @@ def test_files_that_are_none(tmp_path):
         with pytest.raises(UserError, match="tiny, math, math500, gsm8k"):
             load_problems(str(name))
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(UserError, match=r"binary\.jsonl cannot be read"):
+    with pytest.raises(UserError, match=r"binary\.jsonl, line 1 is damaged .*utf-8"):
         load_problems(str(tmp_path / "binary.jsonl"))
 
 
 class Letters:
-    """A tokenizer: a token a character."""
+    """A tokenizer: a token a character; it counts the characters that it reads."""
+
+    def __init__(self):
+        self.file = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1})
+        self.read = 0
 
     def encode(self, text):
+        self.read += len(text)
         return list(map(ord, text))
 
 
