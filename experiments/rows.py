@@ -5,6 +5,7 @@ Nothing in a row depends on the clock, on the machine's paths or on the order of
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,9 @@ def training(folder) -> dict:
     steps = read_rows(folder / "metrics.jsonl")
     shares = [f"{kind}/{name}" for kind in ("tokens", "credit") for name in CLASSES]
     for step in steps:
-        lost = [key for key in (*CURVES, *shares) if not is_number(step.get(key))]
-        if lost:
-            raise UserError(
-                f"{folder}: {lost[0]} of step {step['step']} is no number: move it away"
-            )
+        for key in (*CURVES, *shares):
+            if not is_number(step.get(key)) or not math.isfinite(step[key]):
+                raise UserError(f"{folder}: {key} of step {step['step']} is no number: train again")
     row = {key: [step[key] for step in steps] for key in CURVES}
     for kind in ("tokens", "credit"):
         means = [np.mean([step[f"{kind}/{name}"] for step in steps]) for name in CLASSES]

@@ -4,7 +4,6 @@ checkpoint; adapter/ is a copy for other programs. A run that resumes cuts its J
 """
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -156,7 +155,7 @@ def resume_or_start(folder, model, optimizer, cfg) -> int:
         if steps != list(range(1, step + 1)) or (step > 0 and not kept["evals.jsonl"]):
             raise UserError(f"{folder}: metrics.jsonl or evals.jsonl lacks steps: put it back")
         for name, rows in kept.items():
-            text = "".join(json.dumps(row) + "\n" for row in rows)
+            text = "".join(files.to_json(row) + "\n" for row in rows)
             files.write_whole(folder / name, text.encode())
         save_adapter(model, folder / "adapter", cfg.model)  # a crash may have left an older one
     config = files.read_json(folder / "config.json") | dict(settings=asdict(cfg))

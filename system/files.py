@@ -15,7 +15,7 @@ MAX_JSON = 2**24  # bytes: more could fill the memory. A configuration has thous
 MAX_LINE = 2**26  # bytes of a line of a JSONL file
 MAX_LINES = 2**30  # bytes of all its lines
 LARGEST = {int: 2**20, float: 2**40}  # of the sizes and settings in other people's config files
-NUMBERS = {  # that are read of the rows of a run's files; null in metrics was not finite
+NUMBERS = {  # that are read of the rows of a run's files; null is read as NaN
     "metrics.jsonl": ("reward", "gini", "effective_token_ratio", "groups_mixed", "skipped"),
     "evals.jsonl": ("greedy",), "samples.jsonl": ("reward", "advantage"),
 }  # fmt: skip
@@ -32,23 +32,34 @@ def opened(path, most=math.inf):
     return open(path, "rb")
 
 
+def depth(value) -> int:
+    """Return how deep lists and objects are nested in a JSON value."""
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(depth, inner), default=0) if isinstance(value, (dict, list)) else 0
+
+
+def parse(data: bytes) -> dict:
+    """Return the JSON object in UTF-8; ValueError or RecursionError if there is none that is fit to
+    be written and printed: for these, too, Python ends at some 300 deep."""
+    found = json.loads(data.decode("utf-8-sig"))
+    if not isinstance(found, dict) or depth(found) > 100:
+        raise ValueError("no object, or nested too deeply")
+    return found
+
+
 def read_json(path) -> dict:
     """Return the object in a JSON file; UserError if there is none."""
     try:
         with opened(path, MAX_JSON) as file:
-            text = file.read(MAX_JSON).decode("utf-8-sig")  # a file of /proc may have no end, too
-        found = {**json.loads(text)}  # TypeError for all but an object
-        json.dumps(found, indent=2)  # RecursionError if it is too deep to be written again
-    except (ValueError, TypeError, RecursionError, OSError) as error:
+            return parse(file.read(MAX_JSON))  # a file of /proc may have no end, either
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): get it again") from None
-    return found
 
 
 def read_lines(path, of_run=False):
     """Yield (object, "PATH, line N") for the lines of a JSONL file; UserError names one that holds
     no object. Blank lines are skipped. A run's file has none, and if a crash has torn its last
     line, that is ignored."""
-    where = path
     try:
         with opened(path, MAX_LINES) as file:
             for number, line in enumerate(iter(partial(file.readline, MAX_LINE), b""), 1):
@@ -56,15 +67,17 @@ def read_lines(path, of_run=False):
                 if len(line) == MAX_LINE or file.tell() > MAX_LINES:
                     raise UserError(f"{where} is too long: it could fill the memory")
                 if line.strip() or of_run:
-                    yield {**json.loads(line.decode("utf-8-sig"))}, where
-    except (ValueError, TypeError, RecursionError, OSError) as error:
-        if where == path or not of_run or line.endswith(b"\n"):
-            raise UserError(f"{where} is damaged or missing ({error}): mend it") from None
+                    yield parse(line), where
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+    except (ValueError, RecursionError):
+        if not of_run or line.endswith(b"\n"):
+            raise UserError(f"{where} is damaged: it is no JSON object in UTF-8") from None
 
 
 def is_number(x, least=-(2**40), most=2**40) -> bool:
-    """Return whether a JSON value is a number of this size; booleans and NaN are none."""
-    return type(x) in (int, float) and least <= x <= most
+    """Return whether a JSON value is a number of this size, or NaN; booleans are none."""
+    return type(x) in (int, float) and not x < least and not x > most
 
 
 def read_rows(path) -> list[dict]:
@@ -76,14 +89,14 @@ def read_rows(path) -> list[dict]:
         whole = type(row.get("step")) is int and is_number(row["step"], earliest)
         wrong = [] if whole else ["step"]
         for name in NUMBERS[path.name]:
-            value = row.get(name, "")
-            lost = path.name == "metrics.jsonl" and (value is None or value != value)
-            wrong += [] if lost or is_number(value) else [name]
-        # A rate, such as pass@4, has the ends of its 95 % interval; its name reaches the screen.
+            if row.get(name, 0) is None:
+                row[name] = math.nan
+            wrong += [] if is_number(row.get(name)) else [name]
+        # A rate, such as pass@4, has the ends of its 95 % interval, pass@4_95.
         for name in [name for name in row if name.endswith("_95")]:
             ends = row[name] if type(row[name]) is list else []
             rates = [x for x in (row.get(name[:-3]), *ends) if is_number(x, 0, 1)]
-            wrong += [] if len(rates) == len(ends) + 1 == 3 and name.isprintable() else [name]
+            wrong += [] if len(rates) == len(ends) + 1 == 3 else [name]
         if wrong:
             raise UserError(f"{where} is damaged ({wrong[0]}): mend it, or start another run")
         rows.append(row)
