@@ -130,12 +130,11 @@ def main():
     history = read_rows(folder / "metrics.jsonl")
     evals = read_rows(folder / "evals.jsonl")
     if history and evals[-1]["step"] == cfg.steps:
-        said = f"{folder} has finished its {cfg.steps} steps: nothing is left to do"
-        return print(printable(said))
+        return print(printable(f"{folder} has finished its {cfg.steps} steps: nothing to do"))
     record = recorder(folder, cfg, done)
     size = sum(p.numel() for p in trained)
-    said = f"{cfg.credit} on {cfg.model}: {size:,} LoRA parameters, {left_out}\nrun folder {folder}"
-    print(printable(said) + f", going on after step {done}" * resume, flush=True)
+    print(printable(f"{cfg.credit} on {cfg.model}: {size:,} LoRA parameters, {left_out}"))
+    print(printable(f"run folder {folder}" + f", going on after step {done}" * resume), flush=True)
 
     def evaluate_once(step):
         """Evaluate if it is time to, unless an interrupted run has already done so."""

@@ -6,7 +6,7 @@ import unicodedata
 from pathlib import Path
 
 from hf.hub import hub_folder
-from system.errors import UserError, printable
+from system.errors import UserError
 from system.files import opened, read_lines
 from verifier.extract import last_boxed
 
@@ -91,8 +91,7 @@ def load_problems(source: str, split="train") -> list[dict]:
     if not gradable:
         raise UserError(f"{source} holds no problems: give another file")
     if len(gradable) < len(problems):
-        count = len(problems) - len(gradable)
-        print(printable(f"{source}: left out {count} problems with an empty answer"))
+        print(f"left out {len(problems) - len(gradable)} problems with an empty answer")
     return gradable
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as TokenizerFile
 from hf.hub import hub_folder
 from model import Config, Qwen3
 from system.errors import UserError
-from system.files import check_tensors, checked, opened, read_json, read_tensors
+from system.files import MAX_JSON, check_tensors, checked, opened, read_json, read_tensors
 
 FAMILIES = {  # model_type of config.json: what the attention of that family has
     "qwen3": dict(qkv_bias=False, qk_norm=True),
@@ -20,7 +20,6 @@ FAMILIES = {  # model_type of config.json: what the attention of that family has
 TYPES = {field.name: field.type for field in fields(Config)}  # of what we read in config.json
 TYPES.update(model_type=str, hidden_act=str, attention_bias=bool, use_sliding_window=bool)
 TYPES.update(layer_types=list, rope_parameters=dict, rope_scaling=dict)
-MAX_TOKENIZER = 2**27  # bytes, four times the largest tokenizer.json that we know
 INDEX = "model.safetensors.index.json"  # which file of a sharded checkpoint holds which tensor
 
 
@@ -162,8 +161,8 @@ def load_tokenizer(path_or_id, revision=None) -> Tokenizer:
     eos_ids = read_eos_ids(folder)
     path = folder / "tokenizer.json"
     try:
-        with opened(path, MAX_TOKENIZER) as opened_file:
-            file = TokenizerFile.from_buffer(opened_file.read(MAX_TOKENIZER))
+        with opened(path, MAX_JSON) as raw:
+            file = TokenizerFile.from_buffer(raw.read(MAX_JSON))
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{path} cannot be read: {error}") from None
     file.no_truncation()  # some training run's truncation and padding would change the tokens

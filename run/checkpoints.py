@@ -71,7 +71,7 @@ def read_settings(folder, cfg) -> dict:
     stored = files.read_json(path).get("settings")
     kinds = {name: type(value) for name, value in asdict(cfg).items()}
     known = isinstance(stored, dict) and {k: type(v) for k, v in stored.items()} == kinds
-    if not known or not all(printable(str(value)) == str(value) for value in stored.values()):
+    if not known or any(printable(str(value)) != str(value) for value in stored.values()):
         raise UserError(f"{path} does not hold the settings of this train.py: start another run")
     return stored
 
@@ -117,7 +117,7 @@ def checkpoint_paths(folder) -> list[Path]:
 
 def newest_checkpoint(folder, most=math.inf):
     """Return tensors and step of the newest whole checkpoint of at most so many bytes, or {} and 0
-    if there was none yet. A step that no run has is -1."""
+    if there was none yet; a step that is no number is -1."""
     damage = ""
     for path in checkpoint_paths(folder):
         try:
@@ -178,7 +178,7 @@ def restore(tensors, step, model, optimizer, cfg):
     possible &= len(updates) == 1 and max(updates) % 1 == 0
     possible &= min(1, len(states)) <= max(updates) <= step * cfg.epochs_per_rollout
     if not possible or any((tensors[f"{i}.exp_avg_sq"] < 0).any() for i in states):
-        raise UserError(f"{cfg.out}: no run saves such a checkpoint of step {step}: put it back")
+        raise UserError(f"{cfg.out}: no run saves such a checkpoint at step {step}: mend that")
     for name, parameter in adapter.items():
         parameter.data.copy_(tensors[f"adapter.{name}"])
     for i, state in states.items():  # clones, because the tensors are memory of the file

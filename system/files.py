@@ -11,9 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from system.errors import UserError
 
-MAX_JSON = 2**24  # bytes: more could fill the memory. A configuration has thousands
-MAX_LINE = 2**26  # bytes of a line of a JSONL file
-MAX_LINES = 2**30  # bytes of all its lines
+MAX_JSON = 2**26  # bytes of a JSON file (tokenizers have up to 2**25), or of a line of JSONL
+MAX_LINES = 2**30  # bytes of a JSONL file
 LARGEST = {int: 2**20, float: 2**40}  # of the sizes and settings in other people's config files
 NUMBERS = {  # that are read of the rows of a run's files; null is read as NaN
     "metrics.jsonl": ("reward", "gini", "effective_token_ratio", "groups_mixed", "skipped"),
@@ -25,10 +24,8 @@ def opened(path, most=math.inf):
     """Open a regular file of at most so many bytes to read them. UserError on anything else, which
     is not even opened: a pipe may keep us waiting for ever, and /dev/zero has no end."""
     about = os.stat(path)
-    if not stat.S_ISREG(about.st_mode):
-        raise UserError(f"{path} is a folder, pipe or device: save what it gives to a file first")
-    if about.st_size > most:
-        raise UserError(f"{path} has over {most} bytes, which could fill the memory: take a part")
+    if not stat.S_ISREG(about.st_mode) or about.st_size > most:
+        raise UserError(f"{path} is too large, or a folder, pipe or device: save a part to a file")
     return open(path, "rb")
 
 
@@ -62,9 +59,9 @@ def read_lines(path, of_run=False):
     line, that is ignored."""
     try:
         with opened(path, MAX_LINES) as file:
-            for number, line in enumerate(iter(partial(file.readline, MAX_LINE), b""), 1):
+            for number, line in enumerate(iter(partial(file.readline, MAX_JSON), b""), 1):
                 where = f"{path}, line {number}"
-                if len(line) == MAX_LINE or file.tell() > MAX_LINES:
+                if len(line) == MAX_JSON or file.tell() > MAX_LINES:
                     raise UserError(f"{where} is too long: it could fill the memory")
                 if line.strip() or of_run:
                     yield parse(line), where
@@ -89,9 +86,8 @@ def read_rows(path) -> list[dict]:
         whole = type(row.get("step")) is int and is_number(row["step"], earliest)
         wrong = [] if whole else ["step"]
         for name in NUMBERS[path.name]:
-            if row.get(name, 0) is None:
-                row[name] = math.nan
-            wrong += [] if is_number(row.get(name)) else [name]
+            row[name] = math.nan if row.get(name, 0) is None else row.get(name)
+            wrong += [] if is_number(row[name]) else [name]
         # A rate, such as pass@4, has the ends of its 95 % interval, pass@4_95.
         for name in [name for name in row if name.endswith("_95")]:
             ends = row[name] if type(row[name]) is list else []
@@ -118,8 +114,7 @@ def checked(raw: dict, where, **types) -> dict:
 
 
 def read_tensors(path, most=math.inf):
-    """Return the tensors of a safetensors file by name, memory-mapped, and its metadata; UserError
-    if it has over `most` bytes."""
+    """Return tensors (by name, memory-mapped) and metadata of a file of at most so many bytes."""
     try:
         opened(path, most).close()
         with safe_open(path, framework="pt") as file:
