@@ -133,7 +133,7 @@ def main():
         return print(printable(f"{folder} has finished its {cfg.steps} steps: nothing to do"))
     record = recorder(folder, cfg, done)
     size = sum(p.numel() for p in trained)
-    print(printable(f"{cfg.credit} on {cfg.model}: {size:,} LoRA parameters, {left_out}"))
+    print(f"{cfg.credit} on {cfg.model}: {size:,} LoRA parameters, {left_out}")
     print(printable(f"run folder {folder}" + f", going on after step {done}" * resume), flush=True)
 
     def evaluate_once(step):

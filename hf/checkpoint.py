@@ -161,7 +161,7 @@ def load_tokenizer(path_or_id, revision=None) -> Tokenizer:
     eos_ids = read_eos_ids(folder)
     path = folder / "tokenizer.json"
     try:
-        with opened(path, MAX_JSON) as raw:
+        with opened(path) as raw:
             file = TokenizerFile.from_buffer(raw.read(MAX_JSON))
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{path} cannot be read: {error}") from None

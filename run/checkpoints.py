@@ -121,7 +121,9 @@ def newest_checkpoint(folder, most=math.inf):
     damage = ""
     for path in checkpoint_paths(folder):
         try:
-            tensors, about = files.read_tensors(path, most)
+            if path.stat().st_size > most:
+                raise UserError(f"{path} is too large for this run")
+            tensors, about = files.read_tensors(path)
             step = about.get("step", "")
             if not tensors or about.get("sha256") != digest(tensors, step):
                 raise UserError(f"{path} is damaged: its checksum is wrong")

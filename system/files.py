@@ -20,12 +20,11 @@ NUMBERS = {  # that are read of the rows of a run's files; null is read as NaN
 }  # fmt: skip
 
 
-def opened(path, most=math.inf):
-    """Open a regular file of at most so many bytes to read them. UserError on anything else, which
-    is not even opened: a pipe may keep us waiting for ever, and /dev/zero has no end."""
-    about = os.stat(path)
-    if not stat.S_ISREG(about.st_mode) or about.st_size > most:
-        raise UserError(f"{path} is too large, or a folder, pipe or device: save a part to a file")
+def opened(path):
+    """Open a regular file to read its bytes. UserError on anything else, which is not even opened:
+    a pipe may keep us waiting for ever, and /dev/zero has no end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"{path} is a folder, pipe or device: save what it gives to a file first")
     return open(path, "rb")
 
 
@@ -47,8 +46,8 @@ def parse(data: bytes) -> dict:
 def read_json(path) -> dict:
     """Return the object in a JSON file; UserError if there is none."""
     try:
-        with opened(path, MAX_JSON) as file:
-            return parse(file.read(MAX_JSON))  # a file of /proc may have no end, either
+        with opened(path) as file:
+            return parse(file.read(MAX_JSON))  # what is longer is cut off, and thus damaged
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): get it again") from None
 
@@ -58,7 +57,7 @@ def read_lines(path, of_run=False):
     no object. Blank lines are skipped. A run's file has none, and if a crash has torn its last
     line, that is ignored."""
     try:
-        with opened(path, MAX_LINES) as file:
+        with opened(path) as file:
             for number, line in enumerate(iter(partial(file.readline, MAX_JSON), b""), 1):
                 where = f"{path}, line {number}"
                 if len(line) == MAX_JSON or file.tell() > MAX_LINES:
@@ -82,9 +81,8 @@ def read_rows(path) -> list[dict]:
     a line whose step is no later one (samples: an earlier one), or that lacks its NUMBERS."""
     rows = []
     for row, where in read_lines(path, of_run=True) if path.exists() else ():
-        earliest = rows[-1]["step"] + (path.name != "samples.jsonl") if rows else 0
-        whole = type(row.get("step")) is int and is_number(row["step"], earliest)
-        wrong = [] if whole else ["step"]
+        least = rows[-1]["step"] + (path.name != "samples.jsonl") if rows else 0
+        wrong = [] if type(row.get("step")) is int and is_number(row["step"], least) else ["step"]
         for name in NUMBERS[path.name]:
             row[name] = math.nan if row.get(name, 0) is None else row.get(name)
             wrong += [] if is_number(row[name]) else [name]
@@ -113,10 +111,10 @@ def checked(raw: dict, where, **types) -> dict:
     return raw
 
 
-def read_tensors(path, most=math.inf):
-    """Return tensors (by name, memory-mapped) and metadata of a file of at most so many bytes."""
+def read_tensors(path):
+    """Return the tensors of a safetensors file by name, memory-mapped, and its metadata."""
     try:
-        opened(path, most).close()
+        opened(path).close()
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
