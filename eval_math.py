@@ -21,7 +21,7 @@ from run import answers
 from run.flags import EVAL_FLAGS, add_flags, load_base
 from sample import generate
 from system import processes
-from system.errors import UserError, run_cli
+from system.errors import UserError, printable, run_cli
 from verifier.compare import same_answer
 from verifier.extract import extract_answer
 
@@ -119,7 +119,7 @@ def evaluate_problems(cfg) -> list[dict]:
     golds = [p["answer"] for p in problems]
     sampling = (cfg.samples, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
     result, rows = evaluate(model, tokenizer, prompts, golds, *sampling, not cfg.stated)
-    print(f"{cfg.data}: {answers.in_words(result)}")
+    print(printable(f"{cfg.data}: {answers.in_words(result)}"))
     return answers.with_problems(rows, problems)
 
 

@@ -30,7 +30,7 @@ from run.flags import FLAGS, PRESETS, load_base, parse_settings
 from run.folder import keep_samples, new_run, recorder, show, show_evaluation, summary, warn
 from run.metrics import diagnose, measure
 from system import processes
-from system.errors import run_cli
+from system.errors import printable, run_cli
 from system.files import read_rows
 
 
@@ -132,11 +132,11 @@ def main():
     history = read_rows(folder / "metrics.jsonl")
     evals = read_rows(folder / "evals.jsonl")
     if history and evals[-1]["step"] == cfg.steps:
-        return print(f"{folder} has finished its {cfg.steps} steps: nothing is left to do")
+        return print(printable(f"{folder} has finished its {cfg.steps} steps: nothing to do"))
     record = recorder(folder, cfg, done)
     size = sum(p.numel() for p in trained)
     print(f"{cfg.credit} on {cfg.model}: {size:,} LoRA parameters, {left_out}")
-    print(f"run folder {folder}" + f", going on after step {done}" * resume, flush=True)
+    print(printable(f"run folder {folder}" + f", going on after step {done}" * resume), flush=True)
 
     def evaluate_once(step):
         """Evaluate if it is time to, unless an interrupted run has already done so."""

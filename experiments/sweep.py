@@ -27,6 +27,7 @@ from experiments import rows, tables
 from experiments.plan import PRESETS, ROOT, cells, code_key, next_command, part_of, plan
 from run.flags import flag_name
 from system.errors import UserError, printable, run_cli
+from system.files import read_rows
 from train import Settings
 
 # Settings of train.py that a sweep may have otherwise, the same for all its runs.
@@ -75,8 +76,7 @@ def stop(processes):
 
 def part_done(run):
     """The share of a run's steps that its folder has, in [0, 1]."""
-    path = run.folder / "metrics.jsonl"
-    steps = path.read_bytes().count(b"\n") if path.exists() else 0
+    steps = len(read_rows(run.folder / "metrics.jsonl"))
     return min(1.0, steps / run.settings["steps"])
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as TokenizerFile
 from hf.hub import hub_folder, is_hub_id
 from model import Config, Qwen3
 from system.errors import UserError
-from system.files import check_tensors, checked, read_json, read_tensors
+from system.files import MAX_JSON, check_tensors, checked, opened, read_json, read_tensors
 
 FAMILIES = {  # model_type of config.json: what the attention of that family has
     "qwen3": dict(qkv_bias=False, qk_norm=True),
@@ -161,7 +161,8 @@ def load_tokenizer(path_or_id, revision=None) -> Tokenizer:
     eos_ids = read_eos_ids(folder)
     path = folder / "tokenizer.json"
     try:
-        file = TokenizerFile.from_file(str(path))
+        with opened(path) as raw:
+            file = TokenizerFile.from_buffer(raw.read(MAX_JSON))
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{path} cannot be read: {error}") from None
     file.no_truncation()  # some training run's truncation and padding would change the tokens

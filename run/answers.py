@@ -5,9 +5,8 @@ import json
 import math
 from pathlib import Path
 
-from data.problems import json_rows
 from system.errors import UserError, printable
-from system.files import write_whole
+from system.files import read_lines, write_whole
 
 GROUPS = ("level", "subject", "type", "kind")  # what problems are counted by
 NORMAL = 1.959964  # quantile of the standard normal distribution for two-sided 95 % intervals
@@ -15,13 +14,14 @@ NORMAL = 1.959964  # quantile of the standard normal distribution for two-sided 
 
 def read_answers(path: str, *keys: str) -> list[dict]:
     """Return the rows of a JSONL file; UserError names a line that lacks one of these keys."""
-    rows = json_rows(Path(path))
-    for row, where in rows:
+    rows = []
+    for row, where in read_lines(path):
         if not row.keys() >= set(keys):
             raise UserError(f"{where} is no graded answer: it needs {', '.join(keys)}")
+        rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no answers: give another file")
-    return [row for row, _ in rows]
+    return rows
 
 
 def write_answers(name: str, rows: list[dict]) -> Path:

@@ -711,14 +711,18 @@ def test_lost_files_are_named(killed, monkeypatch, capsys, name, data, says):
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
-def test_a_torn_line_is_none(tmp_path):
+def test_a_torn_line_is_none(whole, tmp_path):
     """A live run read while it writes, or one that a crash cut short, ending in a traceback."""
     path = tmp_path / "metrics.jsonl"
     assert files.read_rows(path) == []
-    path.write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
-    assert files.read_rows(path) == [dict(step=1, reward=0.5)]
-    path.write_text('{"step": 1}\n{"reward": 0.5}\n{"step": 3}\n')
-    with pytest.raises(UserError, match="line 2"):
+    first, second, third = (json.dumps(row) + "\n" for row in rows(whole)[:3])
+    path.write_text(first + second[:-9])
+    assert files.read_rows(path) == rows(whole)[:1]
+    path.write_text(first + second[:-9] + "\n")  # this one was written to its end
+    with pytest.raises(UserError, match="line 2 is damaged"):
+        files.read_rows(path)
+    path.write_text(first + third.replace('"step"', '"stop"') + third)
+    with pytest.raises(UserError, match="line 2 is damaged"):
         files.read_rows(path)
 
 

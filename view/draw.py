@@ -1,12 +1,12 @@
 """Draw groups, which __main__.py makes, on the screen and as a page (credit.html)."""
 
-import json
 import math
 import shutil
 from pathlib import Path
 
 from credit import METHODS
 from run.metrics import CLASSES
+from system.files import to_json
 
 TOP = 15  # weights from here on are shaded alike; 0, 1, 3, 7 and 15 are then equally far apart
 LIGHT = ["#ffffff", "#dfe3e8", "#90b7ea", "#3674c5", "#0f3277"]  # on paper: those five weights
@@ -77,6 +77,6 @@ def page(groups, names, power, own, title):
         about = (METHODS[name].multipliers.__doc__ or "") if name in METHODS else ""
         rules.append(dict(name=name, formula=" ".join(about.split("\n\n")[0].split())))
     shown = dict(title=title, own=own, p=power, rules=rules, classes=CLASSES, groups=groups)
-    text = json.dumps(shown | dict(top=TOP, light=LIGHT, dark=DARK), allow_nan=False)
+    text = to_json(shown | dict(top=TOP, light=LIGHT, dark=DARK))
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("{{data}}", text.replace("<", "\\u003c"))
