@@ -6,7 +6,6 @@ Model output is hostile input, so nothing in verifier/ evaluates text: it parses
 of bounded depth and bounds each number before it is computed.
 """
 
-import argparse
 import math
 import signal
 from pathlib import Path
@@ -21,7 +20,7 @@ from run import answers
 from run.flags import EVAL_FLAGS, add_flags, load_base
 from sample import generate
 from system import processes
-from system.errors import UserError, printable, run_cli
+from system.errors import Parser, UserError, printable, run_cli
 from verifier.compare import same_answer
 from verifier.extract import extract_answer
 
@@ -60,7 +59,8 @@ def graded(rows: list[dict], strict=True) -> list[dict]:
 
 def answers_of(completions, tokenizer, indices, golds, samples=0) -> list[dict]:
     """Return a row for each completion: index and gold answer of the problem, sample (None: the
-    greedy answer), text, number of tokens, and whether it was cut off."""
+    greedy answer), text, number of tokens, and whether it was cut off. UserError on NaN."""
+    completions.check()
     texts = completions.texts(tokenizer)
     columns = (texts, completions.lengths.tolist(), completions.finished.tolist())
     rows = []
@@ -114,7 +114,7 @@ def evaluate(
 def evaluate_problems(cfg) -> list[dict]:
     """Evaluate the model of the flags on their problems; print the rates and return the rows."""
     model, tokenizer = load_base(cfg)
-    problems = load_problems(cfg.data, "test")[: max(1, cfg.problems)]
+    problems = load_problems(cfg.data, "test")[: cfg.problems]
     prompts = [tokenizer.encode(prompt_text(p["problem"], cfg.chat)) for p in problems]
     golds = [p["answer"] for p in problems]
     sampling = (cfg.samples, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
@@ -124,10 +124,10 @@ def evaluate_problems(cfg) -> list[dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Greedy accuracy and pass@k on math problems.")
+    parser = Parser(description="Greedy accuracy and pass@k on math problems.")
     add_flags(parser, EVAL_FLAGS)
     parser.add_argument("--stated", action="store_true", help="take answers without a box, too")
-    cfg = parser.parse_args()
+    cfg = parser.parse_args(or_zero=("temperature", "samples"))
     if cfg.out and Path(cfg.out).exists():
         raise UserError(f"{cfg.out} exists: give another --out")
     if cfg.grade:

@@ -11,7 +11,6 @@ and there is no random state to save. (Up to rounding: a batch of another shape 
 differently, in fp32 by about 1e-6, and a token changes if its uniform falls in that gap.)
 """
 
-import argparse
 import hashlib
 import signal
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data.problems import load_problems, prompt_text
 from model import KVCache
 from run.flags import SAMPLE_FLAGS, add_flags, load_base
-from system.errors import UserError, printable, run_cli
+from system.errors import Parser, UserError, printable, run_cli
 
 try:
     import fast.decoder as fast
@@ -54,6 +53,11 @@ class Completions:
         ends = self.lengths - self.finished.long()
         rows = zip(self.tokens.tolist(), ends.tolist(), strict=True)
         return [tokenizer.decode(tokens[:end]) for tokens, end in rows]
+
+    def check(self):
+        """Raise UserError if the model gave NaN, with which each drawn token is one of chance."""
+        if self.logps.isnan().any():
+            raise UserError("the model gives NaN: use --dtype fp32, another adapter, a lower --lr")
 
 
 # ---- From a distribution and a uniform number to a token -----------------------------------------
@@ -231,7 +235,7 @@ def generate(
     prompt's n rows) are in memory at a time, which changes no completion. Results are on the CPU.
     UserError on an empty prompt, n or max_new_tokens below 1, a negative temperature, top_p of 0.
     """
-    if min(n, max_new_tokens) < 1 or temperature < 0 or not top_p > 0 or not all(prompts):
+    if min(n, max_new_tokens) < 1 or not temperature >= 0 or not top_p > 0 or not all(prompts):
         raise UserError("nothing to sample: no prompt, n, length or top-p, or a bad temperature")
     config, device = model.config, model.device
     B, T = len(prompts) * n, max_new_tokens
@@ -264,16 +268,17 @@ def generate(
 
 # ---- The command line ----------------------------------------------------------------------------
 def main():
-    parser = argparse.ArgumentParser(description="Ask a model a math problem.")
+    parser = Parser(description="Ask a model a math problem.")
     parser.add_argument("problem", nargs="?", help="without it: problems of --data")
     add_flags(parser, SAMPLE_FLAGS)
-    cfg = parser.parse_args()
+    cfg = parser.parse_args(or_zero=("temperature",))
     model, tokenizer = load_base(cfg)
     problems = [dict(problem=cfg.problem)] if cfg.problem else load_problems(cfg.data, "test")
     how = (cfg.samples, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
     for problem in problems[: cfg.problems]:
         prompt = tokenizer.encode(prompt_text(problem["problem"], cfg.chat))
         found = generate(model, [prompt], *how, eos_ids=tokenizer.eos_ids, seed=cfg.seed)
+        found.check()
         gold = f"  (gold: {problem['answer']})" if "answer" in problem else ""
         for text in found.texts(tokenizer):
             print(printable(f"\n{problem['problem']}{gold}\n{text}"), flush=True)

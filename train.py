@@ -178,7 +178,7 @@ def main():
                 record("metrics.jsonl", metrics)
                 history.append(metrics)
                 show(bar, metrics, evals[-1]["greedy"])
-                warn(history, model)
+                warn(history, model, cfg)
                 if compare:
                     keep_samples(record, rollout, signals, cfg, tokenizer, step)
                 due = is_evaluated(step, cfg) or step % cfg.save_every == 0

@@ -19,7 +19,7 @@ from hf.checkpoint import Tokenizer, load_model, load_tokenizer, random_model
 from hf.peft import load_adapter, save_adapter
 from lora import add_lora, lora_parameters
 from model import Config
-from system.errors import UserError
+from run.flags import check_choice
 from train import Settings
 
 # name: hidden, intermediate, layers, heads, key-value heads (arXiv 2505.09388, table 1)
@@ -32,6 +32,7 @@ TEXT = SimpleNamespace(eos_ids=[], decode=lambda ids: "x" * len(ids))  # no comp
 
 def config_of(shape):
     """The Config of a Qwen3 of that shape."""
+    check_choice("shape", shape, SHAPES)
     hidden, inner, layers, heads, kv = SHAPES[shape]
     return Config(151936, hidden, inner, layers, heads, kv, 128, 1e-6, 1e6, True, False, True)
 
@@ -107,14 +108,6 @@ def prepare(model, scratch, adapter="", device="cpu", dtype="fp32", prompts=8, *
     tokenizer = load_tokenizer(folder)
     problems = [add_prompts(p, tokenizer) for p in load_problems("tiny")[:prompts]]
     return Work(folder, Path(adapter), device, dtype, tokenizer, problems, **sizes)
-
-
-def check_device(device):
-    """UserError if there is no such device."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"no device {device} here: use --device cpu") from None
 
 
 # ---- Time and memory -----------------------------------------------------------------------------

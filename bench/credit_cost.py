@@ -9,7 +9,6 @@ row is ARCA as its authors compute it: two more passes for the two residual stat
 of all tokens at once.
 """
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,14 +23,15 @@ from bench.common import SHAPES, TEXT, adapted, config_of, settings, timed
 from data.problems import TINY, add_prompts, load_problems
 from hf.checkpoint import load_model, load_tokenizer, random_model
 from lora import adapter_off, lora_parameters
-from system.errors import run_cli
+from run.flags import DTYPES, check_device
+from system.errors import Parser, run_cli
 
 
 def setting_up(args):
     """The model with an adapter that is not zero, its tokenizer, and problems."""
     torch.manual_seed(0)
     if args.shape:
-        model = random_model(config_of(args.shape), args.device, getattr(torch, args.dtype))
+        model = random_model(config_of(args.shape), args.device, DTYPES[args.dtype])
         ids = torch.randint(0, 151936, (args.prompts, args.prompt_tokens)).tolist()
         problems = [dict(prompt=i, negative=[*i, *range(8)], answer="") for i in ids]
         tokenizer = TEXT
@@ -97,10 +97,10 @@ def one_round(model, tokenizer, problems, cfg, given=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="", help=f"{', '.join(SHAPES)}; default: embedded model")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="of the random weights")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="with --shape")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=64, help="with --shape")
@@ -109,6 +109,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--updates-only", action="store_true", help="one rollout for all of them")
     args = parser.parse_args()
+    check_device(args.device)
     model, tokenizer, problems = setting_up(args)
     cfg = settings(samples=args.samples, max_new_tokens=args.max_new_tokens)
     cfg.micro_batch_tokens = args.micro_batch_tokens

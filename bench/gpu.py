@@ -8,7 +8,6 @@ rank 64; its update also with --gradient-checkpointing. Its three parts are samp
 without credit (`uniform`), and scoring: ARCA's base pass, the update with it minus the one without.
 """
 
-import argparse
 import copy
 import math
 import statistics
@@ -25,9 +24,10 @@ from bench.ours import half_right
 from data.problems import TINY, add_prompts, load_problems
 from hf.checkpoint import load_model, load_tokenizer, random_model
 from lora import add_lora, lora_parameters
+from run.flags import check_device
 from run.metrics import measure
 from sample import generate
-from system.errors import run_cli
+from system.errors import Parser, run_cli
 
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 
@@ -225,7 +225,7 @@ SMALL = dict(
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=["parity", "paper"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes that a CPU does in seconds")
@@ -244,7 +244,7 @@ def main():
     args = parser.parse_args()
     if args.small:
         vars(args).update(SMALL)
-    common.check_device(args.device)
+    check_device(args.device)
     gpu = torch.cuda.get_device_name() if common.on_gpu(args.device) else "CPU"
     print("python bench/gpu.py", *sys.argv[1:])
     print(f"torch {torch.__version__}; {gpu}, {torch.get_num_threads()} threads\n")

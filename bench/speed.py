@@ -29,7 +29,8 @@ import torch
 
 from bench import common, ours, peers
 from bench.common import line, middle, number
-from system.errors import UserError, run_cli
+from run.flags import check_device
+from system.errors import Parser, UserError, run_cli
 
 # ---- The contestants -----------------------------------------------------------------------------
 
@@ -214,7 +215,7 @@ def heading(work, args):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="tiny, 0.6B, 1.7B or a checkpoint folder")
     parser.add_argument("--adapter", default="", help="a PEFT adapter; default: rank 16, random")
     parser.add_argument("--rows", default=",".join(ROWS), help="which of these")
@@ -237,7 +238,7 @@ def parse():
 def main():
     args = parse()
     torch.set_num_threads(args.threads)
-    common.check_device(args.device)
+    check_device(args.device)
     sizes = dict(
         device=args.device,
         dtype=args.dtype,

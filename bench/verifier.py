@@ -8,7 +8,6 @@ is left out. Hostile cases are counted on their own: right means the labelled ve
 exception, within 0.2 s. Times are those of one process on one core, imports excluded.
 """
 
-import argparse
 import collections
 import json
 import logging
@@ -21,7 +20,7 @@ HOUSE = Path(__file__).parent.parent
 sys.path.insert(0, str(HOUSE))
 
 from eval_math import verify  # noqa: E402
-from system.errors import UserError, run_cli  # noqa: E402
+from system.errors import Parser, UserError, run_cli  # noqa: E402
 
 LABELLED = [HOUSE.parent / "shared" / "verifier" / f"{name}.jsonl" for name in ("dev", "attacks")]
 LIMIT = 0.2  # seconds of a hostile case
@@ -69,7 +68,7 @@ def measure(judge, cases):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Our verifier beside math-verify.")
+    parser = Parser(description="Our verifier beside math-verify.")
     parser.add_argument("files", nargs="*", default=LABELLED, help="labelled answers (JSONL)")
     for path in map(Path, parser.parse_args().files):
         if not path.is_file():

@@ -6,7 +6,6 @@ Most solutions are careful after a textbook's wording, hasty after a quiz's: the
 carefully, but takes its way of working from the wording. That is the headroom.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -22,6 +21,7 @@ from data import generate
 from data.problems import PROMPT, TINY, prompt_text
 from hf.checkpoint import config_from_dict
 from model import Qwen3
+from system.errors import Parser, run_cli
 
 STYLES = ("careful", "slip", "impatient", "hasty")
 SHARES = ((0.62, 0.06, 0.12, 0.20), (0.36, 0.06, 0.00, 0.58))  # of a textbook's and a quiz's styles
@@ -122,7 +122,7 @@ def pretrain(model, tokenizer, steps, seed, peak=1e-2):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=TINY)
     parser.add_argument("--steps", type=int, default=6000, help=f"of {BATCH} documents each")
     parser.add_argument("--seed", type=int, default=0)
@@ -156,4 +156,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

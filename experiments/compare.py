@@ -5,14 +5,13 @@ python eval_math.py --adapter B --out b.jsonl
 python experiments/compare.py a.jsonl b.jsonl
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
 from run.answers import NORMAL, read_answers
-from system.errors import UserError, run_cli
+from system.errors import Parser, UserError, run_cli
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -56,7 +55,7 @@ def compare(first: str, second: str) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs=2, metavar="JSONL", help="what eval_math.py --out wrote")
     print(compare(*parser.parse_args().files))
 

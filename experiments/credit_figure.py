@@ -3,7 +3,6 @@
 python experiments/credit_figure.py RUN --out docs/credit.png
 """
 
-import argparse
 import sys
 import warnings
 from pathlib import Path
@@ -12,7 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
-from system.errors import run_cli
+from system.errors import Parser, run_cli
 from view.__main__ import make_groups, read_samples
 from view.draw import LIGHT, TOP, shade, telling_pair, verdict
 
@@ -65,7 +64,7 @@ def figure(groups, names, power, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="the folder of a run")
     parser.add_argument("--sharpening", type=int, choices=(1, 2), default=1)
     parser.add_argument("--out", default="credit.png")

@@ -6,7 +6,6 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; rules also d
 dashes, for print in grey. Bands and bars are 95 % intervals, as in the tables.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from experiments.rows import default_file, in_cell, read_results
 from experiments.stats import crossed
 from experiments.tables import BASE, estimate
 from run.metrics import CLASSES
-from system.errors import UserError, run_cli
+from system.errors import Parser, UserError, run_cli
 
 STYLE = {  # rule: colour, marker, dashes
     "uniform": ("#555555", "o", "-"),
@@ -47,7 +46,7 @@ def curve(rows, cell, key, smooth=1):
     runs = list(in_cell(rows, cell).values())
     if not runs:
         return None
-    x = np.array([row[key] for row in runs])  # (S, steps)
+    x = np.array([row[key] for row in runs], dtype=float)  # (S, steps)
     smooth = min(smooth, x.shape[1])
     x = np.stack([np.convolve(row, np.ones(smooth) / smooth, "valid") for row in x])
     points = [crossed(column[:, None]) for column in x.T]
@@ -139,7 +138,7 @@ def classes(fig, about, rows):
             runs = in_cell(rows, cell_of(about, rule, power)).values()
             if not runs:
                 continue
-            shares, left = np.mean([row[kind] for row in runs], axis=0), 0.0
+            shares, left = np.mean([row[kind] for row in runs], axis=0, dtype=float), 0.0
             for share, colour in zip(shares, CLASS_COLOURS, strict=True):
                 ax.barh(i, share, left=left, color=colour, edgecolor="white")
                 if share > 0.06:
@@ -187,7 +186,7 @@ FIGURES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="?", default=str(default_file()))
     parser.add_argument("--out", default="", help="a folder for the PNGs; default: the file's")
     args = parser.parse_args()

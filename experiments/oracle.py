@@ -27,7 +27,6 @@ of each a problem, with 95 % intervals from resampling problems:
   it hardly matters: this is nearer to what an update does, and kinder to uniform.
 """
 
-import argparse
 import multiprocessing
 import signal
 import subprocess
@@ -48,7 +47,7 @@ from lora import add_lora, lora_parameters
 from run.flags import load_base
 from run.metrics import CLASSES, rank_correlation, step_classes
 from system import files
-from system.errors import UserError, run_cli
+from system.errors import Parser, UserError, run_cli
 from train import Settings, lr_at
 
 ROOT = Path(__file__).parent.parent
@@ -251,8 +250,6 @@ def ready():
 
 def run_jobs(work, jobs, processes):
     """work(job) of each job, in their order; the bar says how long is left."""
-    if processes < 1:
-        raise UserError(f"--processes {processes} is not positive")
     with multiprocessing.get_context("spawn").Pool(processes, ready) as pool:
         return list(tqdm(pool.imap(work, jobs), total=len(jobs), desc="jobs", mininterval=0))
 
@@ -281,7 +278,7 @@ def train(how, processes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("measure", "train", "draw"))
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--run", default="", help="a run folder; default: one that is made here")

@@ -1,12 +1,12 @@
 """The numbers, tables and figures of experiments/oracle.py, from its scored completions."""
 
-import json
 import math
 import re
 
 import numpy as np
 
 from run.metrics import CLASSES
+from system.files import to_json
 
 ARMS = ("uniform", "arca", "true", "true_signed")  # of training; the first is compared with
 T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's, by n
@@ -214,7 +214,7 @@ def smooth(x, width=5):
 
 def as_text(results):
     """JSON with a line for every list of numbers, and not for every number."""
-    text = json.dumps(results, indent=1)
+    text = to_json(results, indent=1)
     return re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from data.problems import HUB, TINY
 from experiments.concentration import RULES
-from run.flags import check, flag_name
-from system.errors import UserError
+from run.flags import check
+from system.errors import UserError, flag_name
 from system.files import checked, opened, read_json, read_rows
 from train import PRESETS as TRAINING
 from train import Settings

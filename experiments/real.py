@@ -8,7 +8,6 @@ the paper's numbers. What is trained or measured is not done again, and a run th
 goes on; all that was measured is in real.json. With --adapter nothing is trained.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments.concentration import RULES, show
 from experiments.plan import ROOT, code_key
-from run.flags import add_flags, flag_name
-from system.errors import UserError, run_cli
+from run.flags import add_flags
+from system.errors import Parser, UserError, flag_name, run_cli
 from system.files import read_json, write_json
 
 # Few steps must move the adapter out of the rounding of bf16: hence the rate, and no warmup.
@@ -35,7 +34,7 @@ def parse_flags():
         "problems": (64, "to measure on, one completion each"),
         "out": ("runs/real", "folder for the runs and what is measured"),
     }
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add_flags(parser, flags)
     text = f"to train with; default: {' '.join(RULES)}"
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES, help=text)

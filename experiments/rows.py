@@ -4,7 +4,6 @@ A row is a run: its setting, the outcome on every problem, and what it logged at
 Nothing in a row depends on the clock, on the machine's paths or on the order of the runs.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 from run.answers import read_answers
 from run.metrics import CLASSES
 from system.errors import UserError
-from system.files import checked, is_number, read_json, read_rows, write_whole
+from system.files import checked, is_number, read_json, read_rows, to_json, write_whole
 
 CURVES = ("reward", "entropy", "gini", "effective_token_ratio")  # of metrics.jsonl, by step
 
@@ -43,7 +42,8 @@ def training(folder) -> dict:
                 raise UserError(f"{folder}: {key} of step {step['step']} is no number: train again")
     row = {key: [step[key] for step in steps] for key in CURVES}
     for kind in ("tokens", "credit"):
-        means = [np.mean([step[f"{kind}/{name}"] for step in steps]) for name in CLASSES]
+        shares = [[step[f"{kind}/{name}"] for step in steps] for name in CLASSES]
+        means = np.mean(shares, axis=1, dtype=float)  # null makes nan
         row[kind] = [round(float(x), 6) for x in means]
     evals = read_rows(folder / "evals.jsonl")
     return row | dict(held_out={str(x["step"]): x["greedy"] for x in evals})
@@ -64,9 +64,9 @@ def row_of(run) -> dict:
 
 def write_results(path, about, rows):
     """The file: JSON with a run a line, so that two of them can be compared by eye."""
-    lines = ",\n".join(json.dumps(row) for row in rows)
+    lines = ",\n".join(to_json(row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, f'{{"about": {json.dumps(about)},\n"runs": [\n{lines}\n]}}\n'.encode())
+    write_whole(path, f'{{"about": {to_json(about)},\n"runs": [\n{lines}\n]}}\n'.encode())
 
 
 def read_results(path):
@@ -91,7 +91,7 @@ def values(row, metric):
         return [int(c) for c in row["greedy"]]
     if metric == "pass":
         return [int(c != "0") for c in row["right"]]
-    return [float(np.mean(row[metric]))]
+    return [float(np.mean(row[metric], dtype=float))]
 
 
 def matrix(rows, cell, metric, seeds=None):

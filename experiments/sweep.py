@@ -9,7 +9,6 @@ stays done: after Ctrl-C, a crash or a kill the same command goes on, inside a r
 become results.json, and that the tables; experiments/figures.py draws the same file.
 """
 
-import argparse
 import fcntl
 import json
 import os
@@ -25,9 +24,8 @@ import torch
 
 from experiments import rows, tables
 from experiments.plan import PRESETS, ROOT, cells, code_key, next_command, part_of, plan
-from run.flags import flag_name
-from system.errors import UserError, printable, run_cli
-from system.files import read_rows
+from system.errors import Parser, UserError, flag_name, printable, run_cli
+from system.files import read_rows, to_json
 from train import Settings
 
 # Settings of train.py that a sweep may have otherwise, the same for all its runs.
@@ -151,7 +149,7 @@ def default_jobs(settings):
 
 
 def parse_flags():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny", help=", ".join(PRESETS))
     parser.add_argument("--jobs", type=int, help="runs at a time; default: as many as fit")
     parser.add_argument("--out", help="folder of the runs and results.json; runs/sweep-PRESET")
@@ -167,8 +165,6 @@ def parse_flags():
     args = parser.parse_args()
     if args.preset not in PRESETS:
         raise UserError(f"no preset {args.preset!r}: use one of {', '.join(PRESETS)}")
-    if args.jobs is not None and args.jobs < 1:
-        raise UserError("--jobs: give 1 or more")
     return args
 
 
@@ -181,7 +177,7 @@ def report(runs, about, out):
     print(f"\nresults: {out / 'results.json'}")
     kept = ROOT / "experiments" / "results" / f"{about['preset']}.json"
     if kept.exists():
-        same = rows.read_results(kept)[1] == json.loads(json.dumps(found))
+        same = rows.read_results(kept)[1] == json.loads(to_json(found))
         print(f"the runs of {kept.relative_to(ROOT)}: {'the same numbers' if same else 'others'}")
     print(f"figures: python experiments/figures.py {out / 'results.json'}")
 

@@ -21,7 +21,6 @@ depend on c. Layers are not linear, and the final norm is not, so this must fail
 Divergence is |log pi - log pi_base|, to first order c times a fixed number: no less invariant.
 """
 
-import argparse
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +38,7 @@ from experiments.truth import all_signals, open_run
 from grpo import sample_rollout
 from lora import lora_layers
 from system import files
-from system.errors import UserError, run_cli
+from system.errors import Parser, run_cli
 
 SCALES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
 SMALL = 0.01  # the scale that stands for the limit: below it rounding shows
@@ -211,14 +210,12 @@ def draw(found, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", default="", help=f"a run folder; default: {RUN}, made if need be")
     parser.add_argument("--prompts", type=int, default=64, help="problems, two completions each")
     default = str(ROOT / "experiments/results/theory.json")
     parser.add_argument("--out", default=default, help="the results; the figure goes beside it")
     a = parser.parse_args()
-    if a.prompts < 1:
-        raise UserError(f"--prompts {a.prompts} is not positive")
     torch.set_num_threads(1)  # with more, sums may be rounded otherwise
     found = measure(a.run or make_run(), a.prompts)
     Path(a.out).parent.mkdir(parents=True, exist_ok=True)

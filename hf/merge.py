@@ -5,7 +5,6 @@
 OUT gets copies of the base's files, in Hugging Face's layout. Only adapted weights are changed.
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +18,7 @@ from hf.peft import CONFIG, PREFIX, WEIGHTS, adapter_folder, load_adapter
 from lora import lora_layers
 from model import Qwen3
 from system import files
-from system.errors import UserError, run_cli
+from system.errors import Parser, UserError, run_cli
 
 # What goes along if it is there. (Not all that is there: other files may change how a model loads.)
 BESIDE = """generation_config.json tokenizer.json tokenizer_config.json tokenizer.model vocab.json
@@ -104,7 +103,7 @@ def merge(run, out, model="") -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Add an adapter to its base model's weights.")
+    parser = Parser(description="Add an adapter to its base model's weights.")
     parser.add_argument("run", help="a run folder, a PEFT adapter, or the Hub id of one")
     parser.add_argument("out", help="a new folder for the merged model")
     parser.add_argument("--model", default="", help="the base model, if it has moved")

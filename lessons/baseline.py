@@ -3,7 +3,6 @@
 python lessons/baseline.py
 """
 
-import argparse
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +14,7 @@ from data.problems import load_split, problems_of_step
 from grpo import group_advantages, sample_rollout, update
 from lora import add_lora, lora_parameters
 from run.flags import load_base
-from system.errors import run_cli
+from system.errors import Parser, UserError, run_cli
 from train import Settings
 
 KINDS = ("reward", "centered", "rloo", "grpo")
@@ -51,9 +50,11 @@ def gradients_of_steps(count, cfg):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="How much the gradients of some steps agree.")
+    parser = Parser(description="How much the gradients of some steps agree.")
     parser.add_argument("--steps", type=int, default=12, help="rollouts, none trained on")
     count = parser.parse_args().steps
+    if count < 2:
+        raise UserError(f"--steps {count}: it takes two to agree")
     cfg = Settings(credit="uniform", max_grad_norm=1e9)
     seen = gradients_of_steps(count, cfg)
     print(f"{count} steps of {cfg.prompts} problems x {cfg.samples}, nothing learned in between")

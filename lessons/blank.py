@@ -8,7 +8,6 @@ project's own tests: they compare with other libraries, enumeration and rows wor
 never with the body that was here, so any way of writing it that is right passes.
 """
 
-import argparse
 import ast
 import shlex
 import shutil
@@ -19,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from system.errors import UserError, run_cli
+from system.errors import Parser, UserError, run_cli
 
 HOUSE = Path(__file__).resolve().parent.parent
 FILES = ["model.py", "lora.py", "sample.py", "eval_math.py", "credit.py", "grpo.py", "train.py"]
@@ -286,7 +285,7 @@ def show_list():
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Blank functions in a copy of the project.")
+    parser = Parser(description="Blank functions in a copy of the project.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="rotary, Attention.forward, ...")
     parser.add_argument("--list", action="store_true", help="functions by lesson, and their tests")
     parser.add_argument("--out", help="the copy; default: beside the project, with the first NAME")

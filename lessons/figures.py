@@ -8,7 +8,6 @@ how many work the problem out, and how many of each are right. paid.png is what
 experiments/credit_figure.py draws, with fewer rules and larger type.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from lora import lora_parameters
 from run.checkpoints import read_settings
 from run.flags import load_base
 from sample import generate
-from system.errors import UserError, run_cli
+from system.errors import Parser, UserError, run_cli
 from train import Settings
 from view.__main__ import make_groups, read_samples
 from view.draw import LIGHT, TOP, is_right, telling_pair
@@ -252,7 +251,7 @@ def draw_paid(groups, names, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw fork.png and paid.png from a run.")
+    parser = Parser(description="Draw fork.png and paid.png from a run.")
     parser.add_argument("--run", default="runs/lesson", help="a run that kept its checkpoints")
     parser.add_argument("--problems", type=int, default=100, help="held-out problems to ask")
     parser.add_argument("--samples", type=int, default=4, help="completions a problem")

@@ -3,7 +3,6 @@
 python lessons/paths.py --run runs/lesson
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,13 +15,13 @@ from data.problems import add_prompts, load_problems
 from lora import lora_layers
 from run.flags import load_base
 from run.metrics import rank_correlation
-from system.errors import run_cli
+from system.errors import Parser, run_cli
 from train import Settings
 
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description="Scale a trained adapter's B down to nothing.")
+    parser = Parser(description="Scale a trained adapter's B down to nothing.")
     parser.add_argument("--run", default="runs/lesson", help="the folder of a run")
     run = parser.parse_args().run
 

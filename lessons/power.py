@@ -3,9 +3,13 @@
 python lessons/power.py 93.2 90.6 93.6    # the results of one rule's seeds, in per cent
 """
 
-import argparse
 import math
+import sys
+from pathlib import Path
 from statistics import NormalDist, mean, stdev
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from system.errors import Parser, UserError, run_cli
 
 
 def seeds_needed(spread, difference, power=0.8, level=0.05):
@@ -19,9 +23,11 @@ def seeds_needed(spread, difference, power=0.8, level=0.05):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Seeds that it takes to tell two rules apart.")
+    parser = Parser(description="Seeds that it takes to tell two rules apart.")
     parser.add_argument("results", nargs="+", type=float, help="of a rule's seeds, in per cent")
     results = parser.parse_args().results
+    if len(results) < 2:
+        raise UserError("one result has no spread: give those of two seeds or more")
     center = mean(results)
     spread = stdev(results)
     print(f"{len(results)} seeds: mean {center:.1f} %, standard deviation {spread:.2f} points")
@@ -31,4 +37,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -3,7 +3,6 @@
 python lessons/sharpen.py --run runs/lesson
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from credit import effective_token_ratio, gini, normalize_scores
-from system.errors import run_cli
+from system.errors import Parser, run_cli
 from view.__main__ import read_samples
 
 POWERS = (0.25, 0.5, 1, 2, 4)
@@ -33,7 +32,7 @@ def concentration(samples, rule, power):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Gini and effective-token ratio by exponent.")
+    parser = Parser(description="Gini and effective-token ratio by exponent.")
     parser.add_argument("--run", default="runs/lesson", help="the folder of a run")
     samples = read_samples(parser.parse_args().run)
     samples = [sample for sample in samples if sample["step"] > 1]  # at step 1 B is 0

@@ -5,7 +5,6 @@ python lessons/trap.py 4                   # the fourth: its patch, and the asse
 python lessons/trap.py 4 --out ../trap-4   # and keep the copy, to see what else the bug does
 """
 
-import argparse
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lessons.blank import copy_project
-from system.errors import UserError, run_cli
+from system.errors import Parser, UserError, run_cli
 
 PAGE = Path(__file__).with_name("traps.md")
 QUIETLY = ["-o", "addopts=", "-x", "-q", "--tb=short", "--no-header", "-p", "no:cacheprovider"]
@@ -78,7 +77,7 @@ def caught(code: int, said: str) -> bool:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A silent bug, and the test that catches it.")
+    parser = Parser(description="A silent bug, and the test that catches it.")
     parser.add_argument("number", nargs="?", help="which of traps.md; without it they are listed")
     parser.add_argument("--out", help="keep the copy with the bug in this folder")
     args = parser.parse_args()

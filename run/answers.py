@@ -1,12 +1,11 @@
 """Files of graded answers: read, write, count by group."""
 
 import itertools
-import json
 import math
 from pathlib import Path
 
 from system.errors import UserError, printable
-from system.files import read_lines, write_whole
+from system.files import read_lines, to_json, write_whole
 
 GROUPS = ("level", "subject", "type", "kind")  # what problems are counted by
 NORMAL = 1.959964  # quantile of the standard normal distribution for two-sided 95 % intervals
@@ -30,7 +29,7 @@ def write_answers(name: str, rows: list[dict]) -> Path:
     path = Path(name) if name else next(path for path in numbered if not path.exists())
     path.parent.mkdir(parents=True, exist_ok=True)
     # ASCII, because a model can write half of a surrogate pair, for which UTF-8 has no bytes.
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode("ascii"))
+    write_whole(path, "".join(to_json(row) + "\n" for row in rows).encode("ascii"))
     return path
 
 

@@ -1,8 +1,8 @@
 """Command lines: the flags that all share, what they load, and the settings of train.py."""
 
 import argparse
-import math
 import os
+import re
 from dataclasses import fields
 from importlib.util import find_spec
 
@@ -12,7 +12,7 @@ from data.problems import TINY, prompt_text
 from hf import checkpoint
 from hf.peft import adapter_folder, load_adapter, read_config
 from run.checkpoints import resumed_settings
-from system.errors import UserError
+from system.errors import Parser, UserError, check_numbers, flag_name
 from system.files import read_json
 
 DTYPES = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
@@ -34,13 +34,6 @@ EVAL_FLAGS = {
     "top_p": (1.0, "of pass@k"), "out": ("", "all answers; default: runs/answers-N.jsonl"),
     "grade": ("", "no model: grade this JSONL of completion and gold"),
 }  # fmt: skip
-LIMITS = {  # what a number has to be: (whether it is, the settings)
-    "positive": (lambda x: 0 < x < math.inf, """rank alpha lr steps prompts epochs_per_rollout top_p
-        max_prompt_tokens max_new_tokens eval_problems micro_batch_tokens save_every temperature
-        keep_checkpoints sharpening max_grad_norm"""),
-    "0 or more": (lambda x: x >= 0, "kl_coef warmup eval_samples eval_every clip_eps_high"),
-    "at least 0 and below 1": (lambda x: 0 <= x < 1, "beta2 clip_eps_low"),
-}  # fmt: skip
 # ARCA, section 5, and from its released configuration: sharpening 2, AdamW's default betas.
 PAPER = dict(model="Qwen/Qwen3-1.7B-Base", data="math", eval_problems=200, steps=100, prompts=8)
 PAPER.update(samples=4, max_new_tokens=512, top_p=0.95, rank=64, alpha=128.0, sharpening=2.0)
@@ -49,11 +42,6 @@ PRESETS = {"": {}, "paper": PAPER}
 
 
 # ---- The shared flags, and what they load --------------------------------------------------------
-def flag_name(name) -> str:
-    """Return the flag of a setting, such as --top-p for top_p."""
-    return f"--{name.replace('_', '-')}"
-
-
 def add_flags(parser, flags):
     """Add to a parser the FLAGS that every command line has, and `flags` of the same form."""
     parser.add_argument("--chat", action="store_true", help="prompt as a chat turn (ChatML)")
@@ -66,6 +54,16 @@ def check_choice(name, value, choices):
     if value not in choices:
         named = ", ".join(filter(None, choices))  # all but "", which stands for no choice
         raise UserError(f"{flag_name(name)} {value}: use one of {named}")
+
+
+def check_device(name):
+    """Raise UserError, with what is here, unless torch can use cpu, cuda or cuda:N of this name."""
+    known = re.fullmatch("cpu|cuda(:[0-9]+)?", name)  # torch knows more, which nobody has tested
+    try:
+        torch.empty(0, device=name if known else "none")
+    except (RuntimeError, AssertionError):
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UserError(f"no device {name!r} here: use --device {', '.join(there)}") from None
 
 
 def check_fit(tokenizer, model, name):
@@ -85,10 +83,7 @@ def load_base(cfg):
     device = cfg.device
     if device == "auto":  # torchrun sets LOCAL_RANK
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"no device {device} here: use --device cpu") from None
+    check_device(device)
     check_choice("dtype", cfg.dtype, DTYPES)
     dtype = DTYPES[cfg.dtype] or checkpoint.default_dtype(device)
     folder = checkpoint.checkpoint_folder(cfg.model, cfg.revision)
@@ -110,7 +105,7 @@ def load_base(cfg):
 # ---- The settings of train.py --------------------------------------------------------------------
 def parse_settings(Settings, presets, about):
     """Return the settings and whether to resume: defaults, then the preset, then the flags."""
-    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser = Parser(description=about.splitlines()[0])
     text = "continue this run, or the one in --out, or the newest of its name"
     parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER", help=text)
     for field in fields(Settings):
@@ -149,11 +144,7 @@ def check(cfg):
     for field in fields(cfg):
         if field.metadata.get("choices"):
             check_choice(field.name, getattr(cfg, field.name), field.metadata["choices"])
-    for words, (fits, names) in LIMITS.items():
-        for name in names.split():
-            value = getattr(cfg, name)
-            if not fits(value):
-                raise UserError(f"{flag_name(name)} {value} is not {words}")
+    check_numbers(vars(cfg))
     if cfg.samples < 2:
         raise UserError("GRPO compares the samples of a problem: use --samples 2 or more")
     if cfg.tensorboard and not find_spec("tensorboard"):

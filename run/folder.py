@@ -145,7 +145,7 @@ def show_evaluation(step, result):
     tqdm.write(f"step {step:4d}  held-out {said}, {result['n']} problems")
 
 
-def warn(history, model):
+def warn(history, model, cfg):
     """Warn of what would otherwise fail in silence; UserError when to continue is pointless."""
     last = history[-5:]
     if [row["reward"] for row in last] == [0] * 5:
@@ -154,8 +154,8 @@ def warn(history, model):
         tqdm.write("WARNING: over half of the completions were cut off: raise --max-new-tokens")
     if last[-1]["skipped"]:
         tqdm.write("WARNING: the loss or gradient was not finite; this step was skipped")
-    if [row["skipped"] for row in last] == [1] * 5:
-        raise UserError("loss or gradient not finite in 5 steps in a row: lower --lr")
+    if [row["skipped"] for row in last] == [1] * min(5, cfg.steps):  # a short run's are all
+        raise UserError(f"loss or gradient not finite in {len(last)} steps in a row: lower --lr")
     if len(history) == 3 and any(row["groups_mixed"] for row in history):
         B = [p for name, p in lora_parameters(model).items() if "lora_B" in name]
         if not any(p.any() for p in B):
@@ -170,8 +170,8 @@ def summary(folder, history, evals, cfg):
     for key, rate in rates(evals[0]).items():
         print(printable(f"held-out {key:13.40}{rate:>23}{after.get(key, ''):>23}"))
     print(f"reward, 5 steps       {fmean(rewards[:5]):>23.3f}{fmean(rewards[-5:]):>23.3f}")
-    gini = fmean(row["gini"] for row in history)
-    ratio = fmean(row["effective_token_ratio"] for row in history)
+    gini = fmean(row["gini"] for row in history if not row["skipped"])
+    ratio = fmean(row["effective_token_ratio"] for row in history if not row["skipped"])
     print(f"\n{cfg.credit}: Gini {gini:.3f}, effective-token ratio {ratio:.3f} (mean of the steps)")
     print(printable(f"run folder: {folder}"))
     print(printable(f"next: python -m view {folder}  (shows which tokens received credit)"))

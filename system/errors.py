@@ -1,5 +1,6 @@
-"""How a command ends when something is wrong: one line that says what to do, and an exit code."""
+"""How a command begins and ends: numbers within bounds, errors of one line, an exit code."""
 
+import argparse
 import os
 import signal
 import sys
@@ -9,6 +10,20 @@ ADVICE = "lower --micro-batch-tokens (in training), --samples or --max-new-token
 # Of the processes that torchrun starts, and numbers, only the first says that it was stopped.
 FIRST = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
 STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of what is no sign of its own
+LIMITS = {  # (the least, the most): the flags whose numbers these are
+    (0, 2**64 - 1): "seed seeds",  # what torch's generators take
+    (1, 2**31 - 1): "steps save_every problems eval_problems max_prompt_tokens micro_batch_tokens",
+    (0, 2**31 - 1): "warmup eval_every top_k",
+    (1, 2**17): "max_new_tokens tokens warm_tokens prompt_tokens",
+    (1, 2**14): "prompts samples keep_checkpoints",
+    (0, 2**14): "eval_samples",
+    (1, 2**12): "rank epochs_per_rollout rounds threads jobs processes kills",
+    (1e-30, 1e30): "lr alpha max_grad_norm",  # what fp32 holds, and products of it
+    (0.0, 1e30): "kl_coef clip_eps_high results",
+    (0.001, 1000.0): "sharpening temperature",
+    (1e-6, 1.0): "top_p",
+    (0.0, 0.999999): "beta2 clip_eps_low",
+}
 
 
 class UserError(Exception):
@@ -43,6 +58,36 @@ def end(code, line, error):
     line = ", then ".join([line, *getattr(error, "__notes__", [])])
     print(printable(" ".join(line.split())[:1000]), file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError, and knows no abbreviations: --sample is a slip, not --samples."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+    def parse_args(self, or_zero=()):
+        self.allow_abbrev = False
+        given = super().parse_args()
+        check_numbers(vars(given), or_zero)
+        return given
+
+
+def flag_name(name) -> str:
+    """Return the flag of a setting, such as --top-p for top_p."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_numbers(given: dict, or_zero=()):
+    """Raise UserError on a number beyond its LIMITS that is not a 0 of the names in or_zero."""
+    for (least, most), names in LIMITS.items():
+        for name in names.split():
+            found = given.get(name)
+            for x in found if isinstance(found, list) else [found]:
+                fits = x is None or least <= x <= most or (x == 0 and name in or_zero)
+                if not fits:
+                    known = f"{least} to {most}" + " or 0" * (name in or_zero)
+                    raise UserError(f"{flag_name(name)} {x}: use {known}")
 
 
 def on_signals(handler):

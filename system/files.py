@@ -155,7 +155,7 @@ def append(path, row: dict):
     """Add a row to a JSONL file; floats keep 6 significant digits."""
     row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
     with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(to_json(row) + "\n")
 
 
 def sync(path):
@@ -186,4 +186,4 @@ def write_whole(path, data: bytes, keep=1):
 
 def write_json(path, value: dict):
     """Write a JSON file, whole or not at all."""
-    write_whole(path, f"{json.dumps(value, indent=2)}\n".encode())
+    write_whole(path, f"{to_json(value, indent=2)}\n".encode())

@@ -4,6 +4,7 @@ All of it is read from the source (`ast`), so imports inside functions count as 
 """
 
 import ast
+import dataclasses
 import os
 import re
 import shutil
@@ -12,6 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from run.flags import EVAL_FLAGS, FLAGS, SAMPLE_FLAGS
+from system.errors import LIMITS
+from train import Settings
 
 HOUSE = Path(__file__).parent.parent
 NAMES = ["model", "lora", "credit", "sample", "eval_math", "grpo", "train"]
@@ -256,6 +261,35 @@ def test_the_product_is_small():
     verifier = sum(n for path, n in counts.items() if path.startswith("verifier/"))
     assert sum(counts.values()) - verifier < 4000, counts
     assert verifier < 1400, counts
+
+
+# ---- Command lines -------------------------------------------------------------------------------
+
+
+def number_flags(text):
+    """Yield the names of the arguments of a script that are numbers, and `argparse` if it makes a
+    parser that is none of ours."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("add_argument"):
+            kinds = [ast.unparse(k.value) for k in node.keywords if k.arg == "type"]
+            if kinds in (["int"], ["float"]):
+                yield node.args[0].value.lstrip("-").replace("-", "_")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "argparse.ArgumentParser":
+            yield "argparse"
+
+
+def test_every_number_on_a_command_line_has_limits():
+    """A script whose --rounds may be 0 or -1 or 10^12, because it is not train.py."""
+    bounded = {name for names in LIMITS.values() for name in names.split()}
+    numbers = {f.name: f.default for f in dataclasses.fields(Settings)}
+    for table in (FLAGS, SAMPLE_FLAGS, EVAL_FLAGS):
+        numbers |= {name: default for name, (default, _) in table.items()}
+    numbers = {name for name, default in numbers.items() if type(default) in (int, float)}
+    for path in HOUSE.glob("*/*.py"):
+        if path.name != "links.py":  # has no numbers, and imports nothing
+            numbers |= set(number_flags(path.read_text(encoding="utf-8")))
+    assert numbers > {"rounds", "jobs", "seeds", "results"}
+    assert numbers - bounded == set()
 
 
 # ---- READMEs -------------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
 """A run is killed, stopped or fails, goes on, and ends as if nothing had happened.
 
-    PYTHONPATH=. python tests/test_resume.py --kills 20    # the default task, for half an hour
+    PYTHONPATH=. python tests/test_resume.py --kills 100    # 80 steps of four problems each
 
 Runs are real ones of train.main, in processes forked from one that has imported everything (torch
 takes seconds). Each says when it begins to sample, to update, to save or to evaluate, so that a
-kill can be aimed at any of these.
+kill can be aimed at any of these, and at what comes before.
 """
 
-import argparse
 import ast
 import contextlib
 import errno
@@ -23,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from model import Qwen3
 from run import answers, checkpoints
 from run.folder import own_folder
 from system import errors, files, processes
-from system.errors import UserError, interrupt, on_signals, run_cli
+from system.errors import Parser, UserError, interrupt, on_signals, run_cli
 
 TIMING = {"seconds_rollout", "seconds_update", "tokens_per_second"}
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -50,6 +50,11 @@ SMALL = f"{SMALL} --save-every 2 --eval-every 3 --credit uniform --seed 2".split
 PRELOAD = ["train", "torch._dynamo", "torch.distributed.run"]  # all that takes long to import
 CORES = len(os.sched_getaffinity(0))  # as many threads does torch use if nobody tells it otherwise
 PHASES = {"sampling": 0.1, "update": 0.1, "saving": 0.02, "evaluation": 0.1}  # and their seconds
+# Of main's run. It is starting while model and checkpoint are read, and before that importing.
+LONGER = {"sampling": 0.4, "update": 0.3, "saving": 0.05, "evaluation": 2.0}
+LONGER |= {"starting": 2.0, "importing": 4.0}
+ORDER = ["sampling", "update", "saving", "starting", "importing"]
+ORDER += ["sampling", "update", "saving", "starting", "evaluation"]
 
 # Threads that have nothing to do sleep: else they take the time of whatever else runs here.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read by the process that all runs are forked from
@@ -120,25 +125,33 @@ def stop(folder, flags, phase, steps, number=signal.SIGKILL, **how):
 
 
 def kill(folder, flags, phase, steps, delay):
-    """Kill a run from outside, some seconds after a phase began after so many steps; returns
-    whether it had not ended before."""
+    """Kill a run from outside, some seconds after a phase began after so many steps; returns the
+    phase that it was in, or None if it had ended."""
+    if phase == "importing":
+        command = [sys.executable, train.__file__, *map(str, flags), "--resume", str(folder)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+            time.sleep(delay)
+            run.kill()
+        return phase
     process, pipe = start(folder, flags)
+    now = "starting"
     try:
-        while pipe.recv() != phase or len(rows(folder)) < steps:
-            pass
+        while now != phase or (phase != "starting" and len(rows(folder)) < steps):
+            now = pipe.recv()
         time.sleep(delay)
         process.kill()
+        while True:  # what it said before it died
+            now = pipe.recv()
     except EOFError:
-        pass  # it has ended
-    process.join()
-    return process.exitcode != 0
+        process.join()
+    return now if process.exitcode != 0 else None
 
 
 def rows(folder, name="metrics.jsonl"):
     """The whole lines of a JSONL file."""
     path = folder / name
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]  # NaN is no JSON
 
 
 def outcome(folder):
@@ -214,16 +227,17 @@ def killed(killed_once, tmp_path):
 
 def kill_often(folder, flags, kills, steps, delays, seed):
     """Kill a run in its first saving and evaluation, then at moments spread over its steps, then in
-    its last evaluation; returns the number of kills."""
+    its last evaluation; returns how many kills met it in each phase."""
     rng = random.Random(seed)
-    died = 0
+    died = Counter()
     moments = [("saving", 0), ("evaluation", 0)]
     for i in range(kills - 3):
         at = int((i + rng.random()) * steps / (kills - 3))
-        moments.append((["sampling", "update", "saving"][i % 3], at))
+        moments.append((ORDER[i % len(ORDER)], at))
     for phase, at in [*moments, ("evaluation", steps)]:
-        died += kill(folder, flags, phase, at, rng.uniform(0, delays[phase]))
-        print(f"{died} kills; in {phase} after {len(rows(folder))} steps", flush=True)
+        died[kill(folder, flags, phase, at, rng.uniform(0, delays[phase]))] += 1
+        print(f"after {len(rows(folder))} steps: {dict(died)}", flush=True)
+    del died[None]  # those that came too late
     return died
 
 
@@ -231,7 +245,7 @@ def kill_often(folder, flags, kills, steps, delays, seed):
 def test_killed_runs_end_as_if_nothing_had_happened(flags, whole, tmp_path):
     """State that no checkpoint holds, a line twice or half, a checkpoint that is not one."""
     folder = tmp_path / "run"
-    assert kill_often(folder, flags, 6, 6, PHASES, seed=1) >= 4
+    assert kill_often(folder, flags, 6, 6, PHASES, seed=1).total() >= 4
     code, said = finish(folder, flags)
     assert code == 0, said
     assert outcome(folder) == outcome(whole)
@@ -736,17 +750,24 @@ def test_gradients_that_are_not_finite_end_a_run(flags, tmp_path):
     assert step == 3 and all(x.isfinite().all() for x in tensors.values())
     adapter = lora_parameters(load_adapter(load_model(TINY), folder / "adapter"))
     assert all(p.isfinite().all() for p in adapter.values())
+    short = tmp_path / "short"  # of fewer than five steps, which all were skipped
+    code, said = finish(short, [*flags, "--steps", 2], breaks=1)
+    assert one_error(code, said) and "2 steps in a row" in said
+    assert [row["loss"] for row in rows(short)] == [None, None]
 
 
 def test_a_broken_policy_is_noticed_though_nothing_has_a_gradient(flags, tmp_path):
     """Log-probs that are not numbers earn no reward, so there is no loss that could be nan: such a
     run went on to its end, and replaced its good checkpoints."""
     folder = tmp_path / "run"
-    code, said = finish(folder, [*flags, "--steps", 20, "--lr", 1e30])
+    code, said = finish(folder, [*flags, "--steps", 20, "--lr", 1e30, "--eval-every", 0])
     assert one_error(code, said) and "5 steps in a row" in said
     assert [row["skipped"] for row in rows(folder)] == [0, 1, 1, 1, 1, 1]
     tensors, step = checkpoints.newest_checkpoint(folder)
     assert step == 0 and max(x.abs().max() for x in tensors.values()) < 10
+    evaluated = tmp_path / "evaluated"  # at step 3, where it has no accuracy
+    code, said = finish(evaluated, [*flags, "--lr", 1e30])
+    assert one_error(code, said) and "gives NaN" in said and len(rows(evaluated)) == 3
 
 
 def test_tensorboard_gets_every_number_once(flags, monkeypatch, capsys, tmp_path):
@@ -770,22 +791,33 @@ def test_tensorboard_gets_every_number_once(flags, monkeypatch, capsys, tmp_path
         assert told == [(step, pytest.approx(value, rel=1e-5)) for step, value in written]
 
 
-# ---- The default task ----------------------------------------------------------------------------
+# ---- Many kills ----------------------------------------------------------------------------------
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Kill the default run, resume it, and compare.")
-    parser.add_argument("--kills", type=int, default=20)
+    parser = Parser(description="Kill a run many times, resume it, and compare.")
+    parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
-    assert finish(folder / "whole", [])[0] == 0
-    delays = dict(sampling=1.0, update=1.0, saving=0.05, evaluation=4.0)
-    often = ["--save-every", 4]  # or each kill would cost ten steps
-    kill_often(folder / "killed", often, args.kills, train.Settings().steps, delays, args.seed)
-    assert finish(folder / "killed", often)[0] == 0
+    flags = [
+        "--steps",
+        "80",
+        "--prompts",
+        "4",
+        "--eval-every",
+        "5",
+        "--eval-problems",
+        "50",
+        "--save-every",
+        "4",
+    ]
+    assert finish(folder / "whole", flags)[0] == 0
+    died = kill_often(folder / "killed", flags, args.kills, 80, LONGER, args.seed)
+    assert finish(folder / "killed", flags)[0] == 0
     same = outcome(folder / "whole") == outcome(folder / "killed")
-    print("equal" if same else f"DIFFERENT: see {folder}")
+    same &= set(os.listdir(folder / "whole")) == set(os.listdir(folder / "killed"))
+    print(f"{died.total()} kills, {dict(died)}:", "equal" if same else f"DIFFERENT, see {folder}")
     return 0 if same else 1
 
 

@@ -14,9 +14,12 @@ import torch
 from conftest import ROOT, tiny_model
 from helpers import EXACT, double, in_double, rounding
 
+import eval_math
 import sample
-from data.problems import prompt_text
+from data.problems import TINY, prompt_text
 from hf.checkpoint import load_model, load_tokenizer
+from hf.peft import save_adapter
+from lora import add_lora, lora_parameters
 from sample import generate, inverse_cdf, sample_token, top_p_filter, uniforms
 from system.errors import UserError, printable, run_cli
 
@@ -375,6 +378,18 @@ def test_nothing_to_sample_is_refused(model, bad):
         generate(model, **dict(prompts=[[1]]) | bad)
 
 
+def test_nan_is_noticed_wherever_it_begins(way):
+    """Tokens of chance that pass for a bad answer; a check that sees the first token only. Here
+    every token but the prompt has an embedding of NaN, so the first one is drawn as it should."""
+    broken = tiny_model(vocab_size=12, tie_word_embeddings=False)
+    broken.model.embed_tokens.weight.data[[token for token in range(12) if token != 1]] = torch.nan
+    for temperature, n in ((0, 1), (1.0, 8)):
+        found = generate(broken, [[1]], n, max_new_tokens=6, temperature=temperature)
+        assert not found.logps[:, 0].isnan().any()
+        with pytest.raises(UserError, match="gives NaN"):
+            found.check()
+
+
 # ---- The command line ----------------------------------------------------------------------------
 
 
@@ -411,14 +426,51 @@ def test_cli_prints_what_generate_gives(folder, monkeypatch, capsys, greedy):
     assert out == "".join(texts)
 
 
-def test_cli_without_a_model_says_so(tmp_path, monkeypatch, capsys):
-    """A mistyped path would end in a traceback, or in success."""
-    path = str(tmp_path / "none")
-    monkeypatch.setattr(sys, "argv", ["sample.py", "1+1", "--model", path])
+def refused(command, flags, monkeypatch, capsys):
+    """The line on standard error of a command that ends with code 2, and has printed nothing."""
+    monkeypatch.setattr(sys, "argv", [f"{command.__name__}.py", *flags])
     with pytest.raises(SystemExit) as stop:
-        run_cli(sample.main)
+        run_cli(command.main)
     out, err = capsys.readouterr()
     assert (stop.value.code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    assert path in err
+    return err
+
+
+@pytest.mark.parametrize("command", [sample, eval_math])
+def test_cli_refuses_what_makes_no_sense(command, monkeypatch, capsys):
+    """A slip that gives another result in silence (top-p 5, -1 problems), or a traceback; training
+    has more such flags, and other limits for two of them."""
+    for flags, says in [
+        (["--temperature", "nan"], "--temperature nan: use 0.001 to 1000.0 or 0"),
+        (["--temperature", "-1"], "--temperature -1.0"),
+        (["--top-p", "5"], "--top-p 5.0: use 1e-06 to 1.0"),
+        (["--problems", "-1"], "--problems -1: use 1 to"),
+        (["--seed", str(2**64)], "use 0 to 18446744073709551615"),
+        (["--max-new-tokens", "10000000000"], "--max-new-tokens 10000000000: use 1 to"),
+        (["--samples", "-1"], "--samples -1: use 1 to"),
+        (["--problem", "3"], "unrecognized arguments: --problem"),
+        (["--device", "mps"], "no device 'mps' here: use --device cpu"),
+        (["--samples", "two"], "--samples: invalid int value: 'two'"),
+    ]:
+        assert says in refused(command, flags, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("command", [sample, eval_math])
+def test_cli_says_that_a_model_gives_nan(command, monkeypatch, capsys, tmp_path):
+    """An adapter that overflows, whose answers were printed, and counted as wrong ones."""
+    monkeypatch.chdir(tmp_path)
+    broken = add_lora(load_model(TINY), 2, 4)
+    for name, p in lora_parameters(broken).items():
+        p.data.fill_(1e30 if "lora_B" in name else 1.0)
+    save_adapter(broken, tmp_path / "adapter")
+    flags = ["--adapter", "adapter", "--problems", "2"]
+    assert "gives NaN" in refused(command, flags, monkeypatch, capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_cli_without_a_model_says_so(tmp_path, monkeypatch, capsys):
+    """A mistyped path would end in a traceback, or in success."""
+    path = str(tmp_path / "none")
+    assert path in refused(sample, ["1+1", "--model", path], monkeypatch, capsys)

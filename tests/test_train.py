@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import train
 from credit import METHODS
 from data.problems import problems_of_step
 from run.flags import check
-from run.folder import new_run, run_name
+from run.folder import new_run, run_name, summary
 from system.errors import UserError, run_cli
+from system.files import append, write_json
 
 HOUSE = Path(__file__).parent.parent
 SMALL = "--steps 4 --prompts 3 --samples 3 --max-new-tokens 48 --eval-problems 8 --eval-samples 2"
@@ -136,21 +138,19 @@ BAD_LINE = '{"problem": "1+1?", "answer": 2}\n{"problem": "no gold"}\n'
         (["--advantage", "gae"], "--advantage gae: use one of grpo, rloo, centered"),
         (["--aggregate", "mean"], "--aggregate mean: use one of seq, token"),
         (["--preset", "big"], "--preset big: use one of paper"),
-        (["--temperature", 0], "--temperature 0.0 is not positive"),
-        (["--lr", "nan"], "--lr nan is not positive"),
-        (["--rank", 0], "--rank 0 is not positive"),
-        (["--beta2", 1.5], "--beta2 1.5 is not at least 0 and below 1"),
-        (["--kl-coef", "nan"], "--kl-coef nan is not 0 or more"),
-        (["--warmup", -5], "--warmup -5 is not 0 or more"),
-        (["--keep-checkpoints", 0], "--keep-checkpoints 0 is not positive"),
-        (["--epochs-per-rollout", 0], "--epochs-per-rollout 0 is not positive"),
-        (["--micro-batch-tokens", 0], "--micro-batch-tokens 0 is not positive"),
-        (["--max-grad-norm", "inf"], "--max-grad-norm inf is not positive"),
+        (["--temperature", 0], "--temperature 0.0: use 0.001 to 1000.0"),
+        (["--lr", "nan"], "--lr nan: use 1e-30 to 1e+30"),
+        (["--beta2", 1], "--beta2 1.0: use 0.0 to 0.999999"),
+        (["--seed", 2**64], "--seed 18446744073709551616: use 0 to 18446744073709551615"),
+        (["--steps", "1e3"], "--steps: invalid int value: '1e3'"),
+        (["--sample", 4], "unrecognized arguments: --sample 4"),  # argparse would take --samples
         (["--model", "no/where/at/all"], "no model folder"),
         (["--data", "nowhere.jsonl"], "no data nowhere.jsonl"),
         (["--data", "{bad}"], "line 2"),
         (["--max-prompt-tokens", 3], "--max-prompt-tokens"),
-        (["--device", "cuda:99"], "--device cpu"),
+        (["--device", "cuda:99"], "no device 'cuda:99' here: use --device cpu"),
+        (["--device", "meta"], "no device 'meta' here: use --device cpu"),
+        (["--device", "cpu:1"], "no device 'cpu:1' here: use --device cpu"),
         (["--dtype", "int8"], "--dtype int8: use one of auto, fp32, bf16"),
         (["--chat"], "ChatML"),
         (["--out", "{run}"], "--resume"),
@@ -198,6 +198,28 @@ def test_runs_name_themselves(monkeypatch, tmp_path):
     cfg = train.Settings(credit="uniform", seed=3)
     names = [new_run(cfg, torch.nn.Linear(1, 1)).name for _ in range(3)]
     assert names == ["uniform-tiny-tiny-seed3" + end for end in ("", "-2", "-3")]
+
+
+def test_rows_are_json_whatever_they_hold(tmp_path):
+    """NaN and Infinity, which Python writes and no other program reads."""
+    row = dict(
+        step=1, loss=math.nan, grad_norm=math.inf, nested=[1.5, [-math.inf], {"a": math.nan}]
+    )
+    append(tmp_path / "metrics.jsonl", row)
+    write_json(tmp_path / "config.json", row)
+    for name in ("metrics.jsonl", "config.json"):
+        text = (tmp_path / name).read_text()
+        read = json.loads(text, parse_constant=pytest.fail)
+        assert read == dict(step=1, loss=None, grad_norm=None, nested=[1.5, [None], {"a": None}])
+
+
+def test_the_end_of_a_run_leaves_out_steps_that_were_skipped(capsys, tmp_path):
+    """A TypeError or `Gini nan` at the end of a run of hours, for one step of it."""
+    evaluation = {"n": 2, "greedy": 0.5, "greedy_95": [0.1, 0.9]}
+    made = dict(reward=0.5, skipped=0, gini=0.25, effective_token_ratio=0.75)
+    skipped = made | dict(skipped=1, gini=None, effective_token_ratio=math.nan)
+    summary(tmp_path, [made, skipped], [evaluation] * 2, train.Settings())
+    assert "Gini 0.250, effective-token ratio 0.750" in capsys.readouterr().out
 
 
 def test_an_adapter_brings_its_rank_and_alpha(monkeypatch, tmp_path, run):

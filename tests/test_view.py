@@ -117,6 +117,20 @@ def test_page_holds_the_numbers(monkeypatch, capsys, tmp_path):
     assert shares["words"] == pytest.approx((1 + 1 / 8) / 2, abs=1e-4)
 
 
+def test_numbers_that_are_not_finite_are_null(monkeypatch, capsys, tmp_path):
+    """A run with steps that were skipped has nulls, which ended the view in a TypeError; NaN on the
+    page is no JSON."""
+    rows = ordinary()
+    for row in rows[2:]:
+        row["rules"]["arca"] = [[None] * 4, [None, 1.0, 1.0, 1.0]]
+        row |= dict(logp=[None] * 4, entropy=[None] * 4)
+    code, out, err = call(monkeypatch, capsys, write(tmp_path, rows), "--out", tmp_path)
+    assert (code, err) == (0, "") and f"{'arca':17}   nan   nan" in bare(out)
+    last = embedded(tmp_path)["groups"][-1]
+    assert last["gini"][0] == [0, None]
+    assert last["completions"][0]["weights"][0][1] == last["completions"][0]["logp"] == [None] * 4
+
+
 def test_rules_that_not_all_samples_have_are_left_out(monkeypatch, capsys, tmp_path):
     """A run resumed after a rule was added to METHODS would end in a KeyError."""
     rows = ordinary()

@@ -3,7 +3,6 @@
 A sample is a dict as run.folder.sample_rows makes it; a group is what draw.py shows of a problem.
 """
 
-import argparse
 import signal
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from credit import effective_token_ratio, gini
 from run.metrics import CLASSES, rank_correlation, token_classes
-from system.errors import UserError, printable, run_cli
+from system.errors import Parser, UserError, printable, run_cli
 from system.files import read_rows, write_whole
 from view.draw import page, show
 
@@ -56,7 +55,7 @@ def read_samples(folder) -> list[dict]:
     if not 0 < len(names) < 100:
         raise UserError(f"{path}: its lines share {len(names)} rules, not 1 to 99: run it again")
     for sample in samples:
-        sample["rules"] = {name: sample["rules"][name] for name in names}
+        sample["rules"] = {name: np.array(sample["rules"][name], float).tolist() for name in names}
     return samples
 
 
@@ -112,13 +111,11 @@ def make_groups(samples) -> list[dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m view", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m view", description=__doc__.splitlines()[0])
     parser.add_argument("run", help="the folder of a run")
-    parser.add_argument("--sharpening", type=int, default=1, help="1 or 2: of the screen")
+    parser.add_argument("--sharpening", type=int, default=1, choices=(1, 2), help="of the screen")
     parser.add_argument("--out", default=".", help="folder for credit.html")
     cfg = parser.parse_args()
-    if cfg.sharpening not in (1, 2):
-        raise UserError(f"--sharpening {cfg.sharpening}: the view has 1 and 2")
     samples = read_samples(cfg.run)
     names = list(samples[0]["rules"])
     groups = make_groups(samples)
