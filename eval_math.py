@@ -7,7 +7,11 @@ of bounded depth and bounds each number before it is computed.
 """
 
 import math
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C during the imports exits without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -16,7 +20,7 @@ from run import answers
 from run.flags import EVAL_FLAGS, add_flags, load_base
 from sample import generate
 from system import processes
-from system.errors import Parser, UserError, run_cli
+from system.errors import Parser, UserError, printable, run_cli
 from verifier.compare import same_answer
 from verifier.extract import extract_answer
 
@@ -115,7 +119,7 @@ def evaluate_problems(cfg) -> list[dict]:
     golds = [p["answer"] for p in problems]
     sampling = (cfg.samples, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
     result, rows = evaluate(model, tokenizer, prompts, golds, *sampling, not cfg.stated)
-    print(f"{cfg.data}: {answers.in_words(result)}")
+    print(printable(f"{cfg.data}: {answers.in_words(result)}"))
     return answers.with_problems(rows, problems)
 
 

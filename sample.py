@@ -12,7 +12,11 @@ differently, in fp32 by about 1e-6, and a token changes if its uniform falls in 
 """
 
 import hashlib
+import signal
 from dataclasses import dataclass
+
+if __name__ == "__main__":  # Ctrl-C during the imports exits without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

@@ -30,7 +30,7 @@ from run.flags import FLAGS, PRESETS, load_base, parse_settings
 from run.folder import keep_samples, new_run, recorder, show, show_evaluation, summary, warn
 from run.metrics import diagnose, measure
 from system import processes
-from system.errors import run_cli
+from system.errors import printable, run_cli
 from system.files import read_rows
 
 
@@ -132,11 +132,11 @@ def main():
     history = read_rows(folder / "metrics.jsonl")
     evals = read_rows(folder / "evals.jsonl")
     if history and evals[-1]["step"] == cfg.steps:
-        return print(f"{folder} has finished its {cfg.steps} steps: nothing is left to do")
+        return print(printable(f"{folder} has finished its {cfg.steps} steps: nothing to do"))
     record = recorder(folder, cfg, done)
     size = sum(p.numel() for p in trained)
     print(f"{cfg.credit} on {cfg.model}: {size:,} LoRA parameters, {left_out}")
-    print(f"run folder {folder}" + f", going on after step {done}" * resume, flush=True)
+    print(printable(f"run folder {folder}" + f", going on after step {done}" * resume), flush=True)
 
     def evaluate_once(step):
         """Evaluate if it is time to, unless an interrupted run has already done so."""
@@ -145,6 +145,7 @@ def main():
             record("evals.jsonl", evals[-1])
 
     # 3) Train.
+    way = f"python train.py --resume {folder} goes on"
     off = processes.rank() > 0 or None  # None: where there is no terminal
     bar = tqdm(range(done + 1, cfg.steps + 1), disable=off, dynamic_ncols=True)
     try:
@@ -186,8 +187,11 @@ def main():
             evaluate_once(step)
     except KeyboardInterrupt as stop:  # whatever was in flight is dropped
         save(folder, model, optimizer, done, cfg)
-        said = f"step {done} is saved, python train.py --resume {folder} goes on"
-        raise KeyboardInterrupt(*stop.args, said) from None
+        raise KeyboardInterrupt(*stop.args, f"step {done} is saved, {way}") from None
+    except (OSError, MemoryError, RuntimeError) as error:  # the machine's fault, not the run's
+        if (folder / "config.json").exists():
+            error.add_note(way)
+        raise
     summary(folder, history, evals, cfg)
 
 

@@ -111,8 +111,9 @@ def trl_config(work, checkpointing):
     )
 
 
-def trainer(work, checkpointing=False):
-    """A step of TRL's GRPOTrainer on PEFT's model: from its beginning to after the optimizer's."""
+def trainer(work, checkpointing=False, credit=""):
+    """A step of TRL's GRPOTrainer on PEFT's model: from its beginning to after the optimizer's;
+    with our credit, a step of the trainer in examples/."""
     model = load(work, adapter=True, train=True)
     import transformers
     from datasets import Dataset
@@ -138,7 +139,12 @@ def trainer(work, checkpointing=False):
     rows = [dict(prompt=prompt_text(p["problem"]), answer=p["answer"]) for p in work.problems]
     tokenizer = transformers.AutoTokenizer.from_pretrained(work.folder, padding_side="left")
     data, clock, config = Dataset.from_list(rows), Clock(), trl_config(work, checkpointing)
-    it = GRPOTrainer(model, reward, config, data, processing_class=tokenizer, callbacks=[clock])
+    kind = GRPOTrainer
+    if credit:
+        from examples.trl_credit import CreditGRPOTrainer
+
+        kind = functools.partial(CreditGRPOTrainer, credit=credit)
+    it = kind(model, reward, config, data, processing_class=tokenizer, callbacks=[clock])
     it.remove_callback(transformers.PrinterCallback)
 
     def job(free, turn):

@@ -46,6 +46,7 @@ JOBS = {
     "step, ours, uniform": (ours.step, dict(credit="uniform"), ()),
     "step, ours, arca": (ours.step, dict(credit="arca"), ()),
     "step, TRL + PEFT": (peers.trainer, {}, TRL),
+    "step, TRL + PEFT, arca": (peers.trainer, dict(credit="arca"), TRL),
     "step, TRL + PEFT, checkpointing": (peers.trainer, checkpointing, TRL),
     "update, ours, arca": (ours.update, {}, ()),
     "update, arca the authors' way": (ours.update, dict(authors=True), ()),
@@ -58,6 +59,7 @@ RATIOS = [
     ("sample, ours with the adapter", "sample, PEFT", 4.0, 2.3, 1.3),
     ("step, ours, uniform", "step, TRL + PEFT", 3.0, None, 1.5),
     ("step, ours, arca", "step, TRL + PEFT", None, None, None),
+    ("step, TRL + PEFT, arca", "step, TRL + PEFT", None, None, None),
     ("update, ours, arca", "update, arca the authors' way", None, None, None),
 ]
 MEMORY = 0.6  # of TRL's, above the weights, on a real model

@@ -1,13 +1,13 @@
 """Problems to train and evaluate on, and the one prompt that every model sees them in. A problem is
 a dict with at least `problem` and `answer` (the gold answer), both text."""
 
-import json
 import random
 import unicodedata
 from pathlib import Path
 
 from hf.hub import hub_folder
 from system.errors import UserError
+from system.files import opened, read_lines
 from verifier.extract import last_boxed
 
 TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint and its problems
@@ -53,30 +53,12 @@ def as_problem(row: dict, where: str) -> dict:
     return {**row, "problem": text, "answer": answer.split("####")[-1].strip()}
 
 
-def json_rows(path: Path) -> list[tuple[dict, str]]:
-    """Read a JSONL file: (object, where it is); UserError names a line that holds no object."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give a JSONL file") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would split at U+2028 too
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            rows.append(({**json.loads(line)}, where))  # TypeError for all but an object
-        except (ValueError, TypeError, RecursionError):
-            raise UserError(f"{where} is no JSON object: mend or remove it") from None
-    return rows
-
-
 def parquet_rows(path: Path) -> list[tuple[dict, str]]:
     """Read a parquet file, which only the Hub's MATH and GSM8K are: (dict, where it is)."""
     try:
         from pyarrow.parquet import read_table  # optional, and for this only
 
-        rows = read_table(path).to_pylist()
+        rows = read_table(opened(path)).to_pylist()
     except ImportError:
         raise UserError(f"{path.name}: pip install pyarrow, or give a JSONL file") from None
     except Exception as error:  # several kinds
@@ -90,7 +72,7 @@ def hub_rows(name: str, split: str) -> list[tuple[dict, str]]:
     files = files.format(split)
     rows = []
     for path in sorted(hub_folder(repo, needed=[files], kind="dataset").glob(files)):
-        for row, where in json_rows(path) if path.suffix == ".jsonl" else parquet_rows(path):
+        for row, where in read_lines(path) if path.suffix == ".jsonl" else parquet_rows(path):
             rows.append(({key: row[key] for key in columns.split() if key in row}, where))
     return rows
 
@@ -100,8 +82,8 @@ def load_problems(source: str, split="train") -> list[dict]:
     path = TINY / f"{split}.jsonl" if source == "tiny" else Path(source)
     if source in HUB:
         rows = hub_rows(source, split)
-    elif path.is_file():
-        rows = json_rows(path)
+    elif path.exists() and not path.is_dir():
+        rows = read_lines(path)
     else:
         raise UserError(f"no data {source}: give a JSONL file, or one of tiny, {', '.join(HUB)}")
     problems = [as_problem(row, where) for row, where in rows]
@@ -109,13 +91,27 @@ def load_problems(source: str, split="train") -> list[dict]:
     if not gradable:
         raise UserError(f"{source} holds no problems: give another file")
     if len(gradable) < len(problems):
-        print(f"{source}: left out {len(problems) - len(gradable)} problems with an empty answer")
+        print(f"left out {len(problems) - len(gradable)} problems with an empty answer")
     return gradable
 
 
 def same_text(problem: str) -> str:
     """Return what problems share that differ only in spacing, case or forms of a character."""
     return "".join(unicodedata.normalize("NFKC", problem).casefold().split())
+
+
+def short_prompts(problems, tokenizer, cfg) -> list[dict]:
+    """Return the problems whose prompts, which they get, have at most max_prompt_tokens tokens.
+    A text that so many of the longest tokens could not spell is not read to its end (but by a
+    tokenizer that drops characters and so may spell more)."""
+    most = cfg.max_prompt_tokens
+    room = most * max(map(len, tokenizer.file.get_vocab()), default=0)  # characters
+    short = []
+    for problem in problems:
+        beginning = problem["problem"][: room + 1]
+        if len(beginning) <= room or len(tokenizer.encode(beginning)) <= most:
+            short.append(add_prompts(problem, tokenizer, cfg.chat))
+    return [problem for problem in short if len(problem["prompt"]) <= most]
 
 
 def load_split(cfg, tokenizer):
@@ -128,10 +124,8 @@ def load_split(cfg, tokenizer):
         train = [p for i, p in enumerate(train) if i % 10]
     else:
         test = load_problems(cfg.eval_data or cfg.data, "test")
-    for problem in train + test:
-        add_prompts(problem, tokenizer, cfg.chat)
-    short = [p for p in train if len(p["prompt"]) <= cfg.max_prompt_tokens]
-    short_test = [p for p in test if len(p["prompt"]) <= cfg.max_prompt_tokens]
+    short = short_prompts(train, tokenizer, cfg)
+    short_test = short_prompts(test, tokenizer, cfg)
     held_out = short_test[: cfg.eval_problems]
     seen = {same_text(p["problem"]) for p in held_out}
     usable = [p for p in short if same_text(p["problem"]) not in seen]

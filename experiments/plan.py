@@ -14,7 +14,7 @@ from data.problems import HUB, TINY
 from experiments.concentration import RULES
 from run.flags import check
 from system.errors import UserError, flag_name
-from system.files import read_json, read_rows
+from system.files import checked, opened, read_json, read_rows
 from train import PRESETS as TRAINING
 from train import Settings
 
@@ -92,8 +92,8 @@ def content(name) -> str:
         return name
     key = hashlib.sha256()
     for file in sorted(p for p in path.glob("*") if p.is_file()) or [path]:
-        with open(file, "rb") as opened:
-            key.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+        with opened(file) as content:
+            key.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
     return key.hexdigest()
 
 
@@ -158,7 +158,7 @@ def trained(run) -> bool:
     path = run.folder / "config.json"
     if not path.exists():
         return False
-    stored = read_json(path).get("settings", {})
+    stored = checked(read_json(path), path, settings=dict).get("settings", {})
     free = ("out", "model", "data", "eval_data")  # the last three are in the folder's key
     wrong = sorted(k for k, v in run.settings.items() if k not in free and stored.get(k, "") != v)
     if wrong:

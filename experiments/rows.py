@@ -4,6 +4,7 @@ A row is a run: its setting, the outcome on every problem, and what it logged at
 Nothing in a row depends on the clock, on the machine's paths or on the order of the runs.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from run.answers import read_answers
 from run.metrics import CLASSES
 from system.errors import UserError
-from system.files import read_json, read_rows, to_json, write_whole
+from system.files import checked, is_number, read_json, read_rows, to_json, write_whole
 
 CURVES = ("reward", "entropy", "gini", "effective_token_ratio")  # of metrics.jsonl, by step
 
@@ -20,6 +21,8 @@ def outcomes(path):
     """The answers of eval_math.py as two texts with a digit a problem: whether the greedy one is
     right, and how many (of at most 9) samples are."""
     answers = read_answers(str(path), "verdict", "sample")
+    if not all(a["verdict"] in (True, False) for a in answers):
+        raise UserError(f"{path} has a verdict that is neither true nor false: move it away")
     greedy = [int(a["verdict"]) for a in answers if a["sample"] is None]
     drawn = [int(a["verdict"]) for a in answers if a["sample"] is not None]
     if not greedy or len(drawn) % len(greedy) or len(drawn) > 9 * len(greedy):
@@ -32,6 +35,11 @@ def training(folder) -> dict:
     """What a run logged: curves over its steps, the mean shares of tokens and credit by class, and
     greedy accuracy by step."""
     steps = read_rows(folder / "metrics.jsonl")
+    shares = [f"{kind}/{name}" for kind in ("tokens", "credit") for name in CLASSES]
+    for step in steps:
+        for key in (*CURVES, *shares):
+            if not is_number(step.get(key)) or not math.isfinite(step[key]):
+                raise UserError(f"{folder}: {key} of step {step['step']} is no number: train again")
     row = {key: [step[key] for step in steps] for key in CURVES}
     for kind in ("tokens", "credit"):
         shares = [[step[f"{kind}/{name}"] for step in steps] for name in CLASSES]
@@ -49,7 +57,8 @@ def row_of(run) -> dict:
     if run.cell[0] != "base":
         row |= training(run.folder)
     if run.measured:
-        row["concentration"] = read_json(run.folder / "concentration.json")["rules"]
+        path = run.folder / "concentration.json"
+        row["concentration"] = checked(read_json(path), path, rules=dict).get("rules", {})
     return row
 
 

@@ -25,7 +25,7 @@ import torch
 from experiments import rows, tables
 from experiments.plan import PRESETS, ROOT, cells, code_key, next_command, part_of, plan
 from system.errors import Parser, UserError, flag_name, printable, run_cli
-from system.files import to_json
+from system.files import read_rows, to_json
 from train import Settings
 
 # Settings of train.py that a sweep may have otherwise, the same for all its runs.
@@ -74,8 +74,7 @@ def stop(processes):
 
 def part_done(run):
     """The share of a run's steps that its folder has, in [0, 1]."""
-    path = run.folder / "metrics.jsonl"
-    steps = path.read_bytes().count(b"\n") if path.exists() else 0
+    steps = len(read_rows(run.folder / "metrics.jsonl"))
     return min(1.0, steps / run.settings["steps"])
 
 

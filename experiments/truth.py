@@ -20,7 +20,8 @@ the truth itself is a rule (`true`: weights |delta|), one half makes the weights
 is what they are measured against.
 """
 
-from dataclasses import asdict, replace
+import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -31,8 +32,8 @@ from data.problems import load_split
 from eval_math import verify
 from grpo import group_advantages, update
 from hf.peft import put_adapter
-from run.checkpoints import checkpoint_paths
-from run.flags import load_base
+from run.checkpoints import checkpoint_paths, read_settings
+from run.flags import check, load_base
 from sample import generate
 from system import files
 from system.errors import UserError
@@ -122,18 +123,19 @@ def saved_adapters(folder) -> dict:
         tensors, about = files.read_tensors(path)
         adapter = [name for name in tensors if name.startswith("adapter.")]
         named = {name.removeprefix("adapter."): tensors[name] for name in adapter}
-        saved[int(about.get("step", -1))] = named
+        step = about.get("step", "")
+        if not re.fullmatch("[0-9]{1,12}", step):
+            raise UserError(f"{path} is of no step: it is not a checkpoint of train.py")
+        saved[int(step)] = named
     return saved
 
 
 def open_run(folder, step=None):
     """(model with the run's adapter as of this step, or of the last one, tokenizer, Settings,
     problems to train on); UserError if there is no such checkpoint."""
-    path, found = Path(folder) / "config.json", saved_adapters(folder)
-    stored = files.read_json(path).get("settings")
-    if not isinstance(stored, dict) or stored.keys() != asdict(Settings()).keys():
-        raise UserError(f"{path} does not hold the settings of this train.py: train another run")
-    cfg = Settings(**stored)
+    cfg = Settings(**read_settings(folder, Settings()))
+    check(cfg)
+    found = saved_adapters(folder)
     step = max(found, default=0) if step is None else step
     if step not in found:
         kept = f"{folder} keeps steps {sorted(found)}, not {step}"

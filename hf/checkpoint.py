@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as TokenizerFile
 from hf.hub import hub_folder, is_hub_id
 from model import Config, Qwen3
 from system.errors import UserError
-from system.files import check_tensors, checked, read_json, read_tensors
+from system.files import MAX_JSON, check_tensors, checked, opened, read_json, read_tensors
 
 FAMILIES = {  # model_type of config.json: what the attention of that family has
     "qwen3": dict(qkv_bias=False, qk_norm=True),
@@ -112,7 +112,7 @@ def load_model(path_or_id, device="cpu", dtype=None, revision=None) -> Qwen3:
         model = Qwen3(config)
     expected, state = model.state_dict(), {}
     for file in weight_files(folder):
-        state.update(read_tensors(folder / file)[0])  # memory-mapped
+        state.update(read_tensors(folder / file)[0])
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
         head = state.pop("lm_head.weight", None)  # some files hold the matrix twice
@@ -121,7 +121,7 @@ def load_model(path_or_id, device="cpu", dtype=None, revision=None) -> Qwen3:
             raise UserError(f"{folder}: config.json ties lm_head to embed_tokens, but they differ")
     check_tensors(state, expected, folder)
     dtype = dtype or default_dtype(device)
-    state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+    state = {name: state.pop(name).to(device, dtype) for name in list(state)}  # no two models
     model.load_state_dict(state, assign=True, strict=False)  # a tied head is not among them
     model.tie()  # again, since assigning made the embedding a new parameter
     return model.requires_grad_(False).eval()
@@ -161,7 +161,8 @@ def load_tokenizer(path_or_id, revision=None) -> Tokenizer:
     eos_ids = read_eos_ids(folder)
     path = folder / "tokenizer.json"
     try:
-        file = TokenizerFile.from_file(str(path))
+        with opened(path) as raw:
+            file = TokenizerFile.from_buffer(raw.read(MAX_JSON))
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{path} cannot be read: {error}") from None
     file.no_truncation()  # some training run's truncation and padding would change the tokens

@@ -18,10 +18,10 @@ from eval_math import verify
 from experiments.credit_figure import draw_band
 from experiments.truth import saved_adapters
 from lora import lora_parameters
+from run.checkpoints import read_settings
 from run.flags import load_base
 from sample import generate
 from system.errors import Parser, UserError, run_cli
-from system.files import read_json
 from train import Settings
 from view.__main__ import make_groups, read_samples
 from view.draw import LIGHT, TOP, is_right, telling_pair
@@ -84,7 +84,7 @@ def share_right(answers):
 
 def follow(run, count, samples):
     """Ask each checkpoint the first held-out problems; return [(step, answers)], the problems."""
-    cfg = Settings(**read_json(Path(run, "config.json"))["settings"])
+    cfg = Settings(**read_settings(run, Settings()))
     cfg.adapter = str(Path(run, "adapter"))
     model, tokenizer = load_base(cfg)
     problems = [add_prompts(p, tokenizer) for p in load_problems(cfg.data, "test")[:count]]

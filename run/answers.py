@@ -4,9 +4,8 @@ import itertools
 import math
 from pathlib import Path
 
-from data.problems import json_rows
 from system.errors import UserError, printable
-from system.files import to_json
+from system.files import read_lines, to_json, write_whole
 
 GROUPS = ("level", "subject", "type", "kind")  # what problems are counted by
 NORMAL = 1.959964  # quantile of the standard normal distribution for two-sided 95 % intervals
@@ -14,13 +13,14 @@ NORMAL = 1.959964  # quantile of the standard normal distribution for two-sided 
 
 def read_answers(path: str, *keys: str) -> list[dict]:
     """Return the rows of a JSONL file; UserError names a line that lacks one of these keys."""
-    rows = json_rows(Path(path))
-    for row, where in rows:
+    rows = []
+    for row, where in read_lines(path):
         if not row.keys() >= set(keys):
             raise UserError(f"{where} is no graded answer: it needs {', '.join(keys)}")
+        rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no answers: give another file")
-    return [row for row, _ in rows]
+    return rows
 
 
 def write_answers(name: str, rows: list[dict]) -> Path:
@@ -29,7 +29,7 @@ def write_answers(name: str, rows: list[dict]) -> Path:
     path = Path(name) if name else next(path for path in numbered if not path.exists())
     path.parent.mkdir(parents=True, exist_ok=True)
     # ASCII, because a model can write half of a surrogate pair, for which UTF-8 has no bytes.
-    path.write_text("".join(to_json(row) + "\n" for row in rows), encoding="ascii")
+    write_whole(path, "".join(to_json(row) + "\n" for row in rows).encode("ascii"))
     return path
 
 

@@ -4,7 +4,9 @@ checkpoint; adapter/ is a copy for other programs. A run that resumes cuts its J
 """
 
 import hashlib
+import math
 import os
+import re
 import signal
 import sys
 from contextlib import contextmanager
@@ -12,13 +14,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from tqdm import tqdm
 
 from hf.peft import load_adapter, put_adapter, save_adapter
-from lora import add_lora, lora_parameters
+from lora import add_lora, linear_layers, lora_parameters
 from run.folder import run_name
 from system import files, processes
-from system.errors import UserError, on_signals
+from system.errors import UserError, interrupt, on_signals, printable
 
 # Settings that --resume may change: they decide what is kept and seen, not what is learned.
 CHANGEABLE = """out device micro_batch_tokens gradient_checkpointing eval_every save_every
@@ -33,7 +36,7 @@ def uninterrupted():
 
     def wait(number, frame):
         caught.append(number)
-        on_signals(signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
         if sys.stderr.isatty():  # print() must not be called from a signal handler
             os.write(2, b"\nstopping after this step; a second time stops at once\n")
 
@@ -44,7 +47,7 @@ def uninterrupted():
     finally:
         on_signals(before)
     if caught:
-        raise KeyboardInterrupt(caught[0])
+        interrupt(caught[0], None)
 
 
 def find_run(cfg, resume) -> Path:
@@ -61,16 +64,25 @@ def find_run(cfg, resume) -> Path:
     return max(configs, key=lambda path: path.stat().st_mtime).parent
 
 
+def read_settings(folder, cfg) -> dict:
+    """Return the settings in a run's config.json: those of cfg by name and type, with no text that
+    would steer a terminal; UserError if it has no such ones."""
+    path = Path(folder) / "config.json"
+    stored = files.read_json(path).get("settings")
+    kinds = {name: type(value) for name, value in asdict(cfg).items()}
+    known = isinstance(stored, dict) and {k: type(v) for k, v in stored.items()} == kinds
+    if not known or any(printable(str(value)) != str(value) for value in stored.values()):
+        raise UserError(f"{path} does not hold the settings of this train.py: start another run")
+    return stored
+
+
 def resumed_settings(cfg, given: dict, resume):
     """Return the run's settings, CHANGEABLE ones as given; UserError lists all other changes."""
     folder = find_run(cfg, resume)
-    path = folder / "config.json"
-    if not path.exists():
+    if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no run to resume (no config.json): start without --resume")
-    stored = files.read_json(path).get("settings")
-    kinds = {name: type(value) for name, value in asdict(cfg).items()}
-    if not isinstance(stored, dict) or {k: type(v) for k, v in stored.items()} != kinds:
-        raise UserError(f"{path} does not hold the settings of this train.py: start another run")
+    processes.hold(folder)
+    stored = read_settings(folder, cfg)
     clash = {name for name in given if given[name] != stored[name]} - set(CHANGEABLE.split())
     if clash:
         said = ", ".join(f"{name} = {stored[name]} and not {given[name]}" for name in sorted(clash))
@@ -104,17 +116,21 @@ def checkpoint_paths(folder) -> list[Path]:
     return sorted(found, key=lambda p: (len(p.name), p.name))
 
 
-def newest_checkpoint(folder):
-    """Return tensors and step of the newest whole checkpoint, or {} and 0 if there was none yet."""
+def newest_checkpoint(folder, most=math.inf):
+    """Return tensors and step of the newest whole checkpoint of at most so many bytes, or {} and 0
+    if there was none yet; a step that is no number is -1."""
     damage = ""
     for path in checkpoint_paths(folder):
         try:
+            if path.stat().st_size > most:
+                raise UserError(f"{path} is too large for this run")
             tensors, about = files.read_tensors(path)
-            if about.get("sha256") != digest(tensors, about.get("step")):
+            step = about.get("step", "")
+            if not tensors or about.get("sha256") != digest(tensors, step):
                 raise UserError(f"{path} is damaged: its checksum is wrong")
             if damage:
-                tqdm.write(f"WARNING: {damage}; resuming from {path}, of step {about['step']}")
-            return tensors, int(about["step"])
+                tqdm.write(printable(f"WARNING: {damage}; resuming from {path}, of step {step}"))
+            return tensors, int(step) if re.fullmatch("[0-9]{1,12}", step) else -1
         except UserError as error:
             damage = damage or str(error)
     if not damage and files.read_rows(folder / "metrics.jsonl"):
@@ -127,7 +143,11 @@ def newest_checkpoint(folder):
 def adapt(model, cfg, resume):
     """Put an adapter on the base model: the newest checkpoint's, that of --adapter, or a new one.
     Return tensors and step of that checkpoint; once there is one, --adapter is not read again."""
-    tensors, step = newest_checkpoint(Path(cfg.out)) if resume else ({}, 0)
+    tensors = {}
+    step = 0
+    if resume:  # a checkpoint holds A and B at most of all layers, three times, with their names
+        sizes = [sum(model.get_submodule(name).weight.shape) for name in linear_layers(model)]
+        tensors, step = newest_checkpoint(Path(cfg.out), 16 * cfg.rank * sum(sizes) + 2**24)
     if tensors:
         own = {name: x for name, x in tensors.items() if name.startswith("adapter.")}
         put_adapter(model, own, cfg.rank, cfg.alpha, cfg.out, "adapter.")
@@ -141,7 +161,7 @@ def adapt(model, cfg, resume):
 def resume_or_start(folder, model, optimizer, cfg, tensors, step):
     """Restore the optimizer of a checkpoint and cut the rows after it, or save a first one."""
     if tensors:
-        restore(tensors, optimizer)
+        restore(tensors, step, model, optimizer, cfg)
     else:
         save(folder, model, optimizer, step, cfg)
     if processes.rank() > 0:
@@ -161,11 +181,21 @@ def resume_or_start(folder, model, optimizer, cfg, tensors, step):
     files.write_json(folder / "config.json", config)
 
 
-def restore(tensors, optimizer):
-    """Give the optimizer the tensors of a checkpoint."""
-    saved = optimizer.state_dict()
-    for name, tensor in tensors.items():
-        part, key = name.split(".", 1)  # `adapter` and a parameter, or the index of one and a state
-        if part != "adapter":  # a clone, because the tensor is memory of the file
-            saved["state"].setdefault(int(part), {})[key] = tensor.clone()
-    optimizer.load_state_dict(saved)
+def restore(tensors, step, model, optimizer, cfg):
+    """Give the optimizer the tensors of a checkpoint; UserError if a run of these settings has no
+    such ones after so many steps."""
+    adapter = lora_parameters(model)
+    expected = {f"adapter.{name}": p for name, p in adapter.items()}
+    states = {}  # AdamW's, by the index of the parameter; before the first update there are none
+    for i, p in enumerate(adapter.values() if "0.step" in tensors else ()):
+        states[i] = dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p)
+        expected |= {f"{i}.{key}": like for key, like in states[i].items()}
+    files.check_tensors(tensors, expected, cfg.out)
+    updates = {tensors[f"{i}.step"].item() for i in states} or {0}
+    possible = 0 <= step <= cfg.steps and {x.dtype for x in tensors.values()} == {torch.float32}
+    possible &= len(updates) == 1 and max(updates) % 1 == 0
+    possible &= min(1, len(states)) <= max(updates) <= step * cfg.epochs_per_rollout
+    if not possible or any((tensors[f"{i}.exp_avg_sq"] < 0).any() for i in states):
+        raise UserError(f"{cfg.out}: no run saves such a checkpoint at step {step}: mend that")
+    states = {i: {key: tensors[f"{i}.{key}"] for key in state} for i, state in states.items()}
+    optimizer.load_state_dict(optimizer.state_dict() | dict(state=states))

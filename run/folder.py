@@ -1,8 +1,10 @@
 """What a run leaves in its folder and shows on the screen."""
 
+import itertools
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +17,7 @@ from lora import lora_parameters
 from run.answers import rates
 from system import processes
 from system.errors import UserError, printable
-from system.files import append, write_json
+from system.files import append, write_json, writing
 
 FIGURES = "reward {reward:.2f}  accuracy {accuracy:.2f}  gini {gini:.2f}  "
 FIGURES += "eff {effective_token_ratio:.2f}  tok/s {tokens_per_second:.0f}"
@@ -34,14 +36,12 @@ def new_run(cfg, model) -> Path:
     """Make a run folder with its config.json; UserError if --out already holds a run."""
     if processes.rank() > 0:
         return Path("runs/of-another-process")  # does not exist: nothing is read, nothing written
-    folder = Path(cfg.out or f"runs/{run_name(cfg)}")
-    number = 1
-    while not cfg.out and folder.exists():
-        number += 1
-        folder = Path(f"runs/{run_name(cfg)}-{number}")
+    with writing(cfg.out or "runs"):
+        folder = Path(cfg.out) if cfg.out else own_folder(Path("runs"), run_name(cfg))
+        folder.mkdir(parents=True, exist_ok=True)
+    processes.hold(folder)
     if any((folder / x).exists() for x in ("config.json", "trainer.safetensors", "adapter")):
         raise UserError(f"{folder} holds a run: give another --out, or --resume to continue it")
-    folder.mkdir(parents=True, exist_ok=True)
     # config.json: every setting, and what else it takes to know what was run.
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
@@ -56,6 +56,16 @@ def new_run(cfg, model) -> Path:
     }  # fmt: skip
     write_json(folder / "config.json", config)
     return folder
+
+
+def own_folder(parent, name) -> Path:
+    """Make and return the folder `name`, or else the first of name-2, name-3, ... that is free."""
+    parent.mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        folder = parent / (f"{name}-{number}" if number > 1 else name)
+        with suppress(FileExistsError):  # mkdir fails for all processes but one
+            folder.mkdir()
+            return folder
 
 
 def recorder(folder, cfg, done):
@@ -158,11 +168,11 @@ def summary(folder, history, evals, cfg):
     print(f"\n{'':22}{'before':>23}{'after':>23}")
     after = rates(evals[-1])
     for key, rate in rates(evals[0]).items():
-        print(f"held-out {key:13}{rate:>23}{after[key]:>23}")
+        print(printable(f"held-out {key:13.40}{rate:>23}{after.get(key, ''):>23}"))
     print(f"reward, 5 steps       {fmean(rewards[:5]):>23.3f}{fmean(rewards[-5:]):>23.3f}")
     gini = fmean(row["gini"] for row in history if not row["skipped"])
     ratio = fmean(row["effective_token_ratio"] for row in history if not row["skipped"])
     print(f"\n{cfg.credit}: Gini {gini:.3f}, effective-token ratio {ratio:.3f} (mean of the steps)")
-    print(f"run folder: {folder}")
-    print(f"next: python -m view {folder}  (shows which tokens received credit)")
+    print(printable(f"run folder: {folder}"))
+    print(printable(f"next: python -m view {folder}  (shows which tokens received credit)"))
     print(f"      python train.py --credit {'arca' if cfg.credit == 'uniform' else 'uniform'}")

@@ -1,11 +1,14 @@
 """How a command begins and ends: numbers within bounds, errors of one line, an exit code."""
 
 import argparse
+import os
 import signal
 import sys
 import unicodedata
 
-ADVICE = "lower --micro-batch-tokens, --samples, --prompts or --max-new-tokens, then --resume"
+ADVICE = "lower --micro-batch-tokens (in training), --samples or --max-new-tokens"
+# Of the processes that torchrun starts, and numbers, only the first says that it was stopped.
+FIRST = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
 STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of what is no sign of its own
 LIMITS = {  # (the least, the most): the flags whose numbers these are
     (0, 2**64 - 1): "seed seeds",  # what torch's generators take
@@ -14,7 +17,7 @@ LIMITS = {  # (the least, the most): the flags whose numbers these are
     (1, 2**17): "max_new_tokens tokens warm_tokens prompt_tokens",
     (1, 2**14): "prompts samples keep_checkpoints",
     (0, 2**14): "eval_samples",
-    (1, 2**12): "rank epochs_per_rollout rounds threads jobs processes kills",
+    (1, 2**12): "rank epochs_per_rollout rounds threads jobs processes kills rows",
     (1e-30, 1e30): "lr alpha max_grad_norm",  # what fp32 holds, and products of it
     (0.0, 1e30): "kl_coef clip_eps_high results",
     (0.001, 1000.0): "sharpening temperature",
@@ -31,23 +34,29 @@ def run_cli(main):
     """Run a command. What the user or the machine got wrong is one line on stderr and exit code 2,
     Ctrl-C 130, SIGTERM 143; any other exception is a bug of ours and keeps its traceback."""
     sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? for what it lacks
-    on_signals(interrupt)
-    code = 2
     try:
-        return main()
+        try:
+            on_signals(interrupt if FIRST else signal.SIG_DFL)
+            return main()
+        finally:  # a signal that arrives here is caught below; none arrives after this line
+            on_signals(ignore)
     except KeyboardInterrupt as stop:
-        number, *words = stop.args  # train.py adds how to resume
-        code = 128 + number
-        line = ": ".join(["stopped", *words])
+        number, *words = stop.args or [signal.SIGINT]  # train.py adds how to resume
+        end(128 + number, ": ".join(["stopped", *words]), stop)
     except (UserError, OSError) as error:
-        line = f"error: {error}"
+        end(2, f"error: {error}", error)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        line = f"error: out of memory: {ADVICE}"
-    on_signals(signal.SIG_IGN)  # torchrun may send one now: the line is said
+        end(2, f"error: out of memory: {ADVICE}", error)
+    finally:
+        on_signals(signal.SIG_DFL)  # should the interpreter hang at its end
+
+
+def end(code, line, error):
+    """Say this line, and the notes that an error was given on its way, and exit."""
+    line = ", then ".join([line, *getattr(error, "__notes__", [])])
     print(printable(" ".join(line.split())[:1000]), file=sys.stderr, flush=True)
-    on_signals(signal.SIG_DFL)  # should the interpreter hang at its end
     sys.exit(code)
 
 
@@ -75,8 +84,8 @@ def check_numbers(given: dict, or_zero=()):
         for name in names.split():
             found = given.get(name)
             for x in found if isinstance(found, list) else [found]:
-                fits = x is None or least <= x <= most or (x == 0 and name in or_zero)
-                if not fits:
+                fits = not isinstance(x, int | float) or least <= x <= most
+                if not fits and not (x == 0 and name in or_zero):
                     known = f"{least} to {most}" + " or 0" * (name in or_zero)
                     raise UserError(f"{flag_name(name)} {x}: use {known}")
 
@@ -89,8 +98,12 @@ def on_signals(handler):
 
 def interrupt(number, frame):
     """Handle a signal: raise KeyboardInterrupt, and let no second one disturb what follows."""
-    on_signals(signal.SIG_IGN)
+    on_signals(ignore)
     raise KeyboardInterrupt(number)
+
+
+def ignore(number, frame):
+    """Handle a signal by nothing. (For SIG_IGN, Python complains of one that came just before.)"""
 
 
 def out_of_memory(error) -> bool:

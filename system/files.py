@@ -1,29 +1,100 @@
 """JSON and safetensors, checked when they are read and whole when they are written."""
 
 import json
+import math
 import os
-from contextlib import contextmanager
-from pathlib import Path
+import stat
+from contextlib import contextmanager, suppress
+from functools import partial
 
 from safetensors import SafetensorError, safe_open
 
 from system.errors import UserError
 
-MAX_JSON = 2**28  # bytes, ten times the largest tokenizer.json: more would fill the memory
+MAX_JSON = 2**26  # bytes of a JSON file (tokenizers have up to 2**25), or of a line of JSONL
+MAX_LINES = 2**30  # bytes of a JSONL file
 LARGEST = {int: 2**20, float: 2**40}  # of the sizes and settings in other people's config files
+NUMBERS = {  # that are read of the rows of a run's files; null is read as NaN
+    "metrics.jsonl": ("reward", "gini", "effective_token_ratio", "groups_mixed", "skipped"),
+    "evals.jsonl": ("greedy",), "samples.jsonl": ("reward", "advantage"),
+}  # fmt: skip
+
+
+def opened(path):
+    """Open a regular file to read its bytes. UserError on anything else, which is not even opened:
+    a pipe may keep us waiting for ever, and /dev/zero has no end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"{path} is a folder, pipe or device: save what it gives to a file first")
+    return open(path, "rb")
+
+
+def depth(value) -> int:
+    """Return how deep lists and objects are nested in a JSON value."""
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(depth, inner), default=0) if isinstance(value, (dict, list)) else 0
+
+
+def parse(data: bytes) -> dict:
+    """Return the JSON object in UTF-8; ValueError or RecursionError if there is none that is fit to
+    be written and printed: for these, too, Python ends at some 300 deep."""
+    found = json.loads(data.decode("utf-8-sig"))
+    if not isinstance(found, dict) or depth(found) > 100:
+        raise ValueError("no object, or nested too deeply")
+    return found
 
 
 def read_json(path) -> dict:
     """Return the object in a JSON file; UserError if there is none."""
     try:
-        if Path(path).stat().st_size > MAX_JSON:
-            raise ValueError("too large")
-        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        if not isinstance(found, dict):
-            raise ValueError("no object")
+        with opened(path) as file:
+            return parse(file.read(MAX_JSON))  # what is longer is cut off, and thus damaged
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): get it again") from None
-    return found
+
+
+def read_lines(path, of_run=False):
+    """Yield (object, "PATH, line N") for the lines of a JSONL file; UserError names one that holds
+    no object. Blank lines are skipped. A run's file has none, and if a crash has torn its last
+    line, that is ignored."""
+    try:
+        with opened(path) as file:
+            for number, line in enumerate(iter(partial(file.readline, MAX_JSON), b""), 1):
+                where = f"{path}, line {number}"
+                if len(line) == MAX_JSON or file.tell() > MAX_LINES:
+                    raise UserError(f"{where} is too long: it could fill the memory")
+                if line.strip() or of_run:
+                    yield parse(line), where
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+    except (ValueError, RecursionError):
+        if not of_run or line.endswith(b"\n"):
+            raise UserError(f"{where} is damaged: it is no JSON object in UTF-8") from None
+
+
+def is_number(x, least=-(2**40), most=2**40) -> bool:
+    """Return whether a JSON value is a number of this size, or NaN; booleans are none."""
+    return type(x) in (int, float) and not x < least and not x > most
+
+
+def read_rows(path) -> list[dict]:
+    """Return the rows that `append` wrote to a run's file, [] if there is no file; UserError names
+    a line whose step is no later one (samples: an earlier one), or that lacks its NUMBERS."""
+    rows = []
+    for row, where in read_lines(path, of_run=True) if path.exists() else ():
+        least = rows[-1]["step"] + (path.name != "samples.jsonl") if rows else 0
+        wrong = [] if type(row.get("step")) is int and is_number(row["step"], least) else ["step"]
+        for name in NUMBERS[path.name]:
+            row[name] = math.nan if row.get(name, 0) is None else row.get(name)
+            wrong += [] if is_number(row[name]) else [name]
+        # A rate, such as pass@4, has the ends of its 95 % interval, pass@4_95.
+        for name in [name for name in row if name.endswith("_95")]:
+            ends = row[name] if type(row[name]) is list else []
+            rates = [x for x in (row.get(name[:-3]), *ends) if is_number(x, 0, 1)]
+            wrong += [] if len(rates) == len(ends) + 1 == 3 else [name]
+        if wrong:
+            raise UserError(f"{where} is damaged ({wrong[0]}): mend it, or start another run")
+        rows.append(row)
+    return rows
 
 
 def checked(raw: dict, where, **types) -> dict:
@@ -41,9 +112,11 @@ def checked(raw: dict, where, **types) -> dict:
 
 
 def read_tensors(path):
-    """Return the tensors of a safetensors file by name, memory-mapped, and its metadata."""
+    """Return the tensors of a safetensors file by name, and its metadata. They are read and not
+    mapped, so that nothing that becomes of the file changes a weight or is a bus error."""
     try:
-        with safe_open(path, framework="pt") as file:
+        opened(path).close()
+        with safe_open(path, framework="pt", backend="pread") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
@@ -55,35 +128,21 @@ def check_tensors(found: dict, expected: dict, folder):
     for name in sorted(expected.keys() | found.keys()):
         have = tuple(found[name].shape) if name in found else "no such"
         want = tuple(expected[name].shape) if name in expected else "no such"
-        if have != want or not found[name].is_floating_point():
+        if have != want or not found[name].is_floating_point() or found[name].element_size() < 2:
             raise UserError(f"{folder}: {have} tensor {name}, but {want} float expected")
         smallest, largest = found[name].aminmax()  # makes no copy; NaN if there is one
         if not smallest.isfinite() or not largest.isfinite():
             raise UserError(f"{folder}: tensor {name} holds NaN or infinity: get the file again")
 
 
-def read_rows(path) -> list[dict]:
-    """Return what `append` wrote, each row with its step; a torn last line is ignored."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append(dict(row, step=int(row["step"])))
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):
-                raise UserError(f"{path}, line {number} is damaged: mend it") from None
-    return rows
-
-
 @contextmanager
 def writing(path):
-    """Turn what keeps this file from being written into a UserError."""
+    """Say of what keeps this file from being written, which it is."""
     try:
         yield
     except OSError as error:
         why = error.strerror or error
-        raise UserError(f"cannot write {path} ({why}): mend that, then --resume goes on") from None
+        raise OSError(f"cannot write {path} ({why}): mend that") from None
 
 
 def to_json(value, **layout) -> str:
@@ -101,9 +160,10 @@ def append(path, row: dict):
 
 def sync(path):
     """Put what was written to a file or folder on the disk, before anything that comes later."""
-    file = os.open(path, os.O_RDONLY)
-    os.fsync(file)
-    os.close(file)
+    with suppress(PermissionError):  # Windows opens no folder, and syncs what it may write to
+        file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        os.fsync(file)
+        os.close(file)
 
 
 def write_whole(path, data: bytes, keep=1):
@@ -112,13 +172,16 @@ def write_whole(path, data: bytes, keep=1):
     part = path.with_name(f"{path.name}.part")
     versions = [path, *(path.with_name(f"{path.name}.{n}") for n in range(1, keep))]
     with writing(path):
-        part.write_bytes(data)
-        sync(part)
-        for n in reversed(range(1, keep)):  # the oldest is overwritten first
-            if versions[n - 1].exists():
-                os.replace(versions[n - 1], versions[n])
-        os.replace(part, path)
-        sync(path.parent)
+        try:
+            part.write_bytes(data)
+            sync(part)
+            for n in reversed(range(1, keep)):  # the oldest is overwritten first
+                if versions[n - 1].exists():
+                    os.replace(versions[n - 1], versions[n])
+            os.replace(part, path)
+            sync(path.parent)
+        finally:
+            part.unlink(missing_ok=True)  # a disk that is full needs the room
 
 
 def write_json(path, value: dict):

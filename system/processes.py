@@ -5,13 +5,17 @@ Added up, all know the whole step and make the same update. Only the first print
 """
 
 import os
+import platform
 import signal
 import sys
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
-from system.errors import UserError, on_signals
+from system.errors import FIRST, UserError, on_signals
+
+HELD = []  # the lock on the run that this process works on, which the end of the process releases
 
 
 def rank() -> int:
@@ -31,10 +35,31 @@ def start(device):
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    before = signal.getsignal(signal.SIGINT)
+    on_signals(signal.SIG_DFL)  # while it waits for the others, Python runs no handler
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if rank() > 0:
+    on_signals(before if FIRST else signal.SIG_IGN)
+    if not FIRST:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
-        on_signals(signal.SIG_IGN)
+
+
+def hold(folder):
+    """Let no other process work on a run until this one ends, however that happens; UserError tells
+    which one does. (On Windows no other process can read the lock, so its name is beside it.)"""
+    if not FIRST:
+        return
+    HELD.clear()  # a run that has ended in this process
+    name = folder / "process.txt"
+    lock = FileLock(folder / "process.lock", timeout=1, fallback_to_soft=False)
+    try:
+        lock.acquire()
+        name.write_text(f"process {os.getpid()} on {platform.node()}")
+    except Timeout:  # within that second the other has written its name
+        holder = name.read_text(errors="replace")[:200] if name.is_file() else "another process"
+        raise UserError(f"{folder} is in use by {holder}: wait for its end, or stop it") from None
+    except (NotImplementedError, OSError) as error:
+        raise UserError(f"{folder} cannot be locked ({error}): use a folder elsewhere") from None
+    HELD.append(lock)
 
 
 def share(items) -> list:
@@ -43,7 +68,7 @@ def share(items) -> list:
 
 
 def add_up(tensors):
-    """Sum tensors of one dtype over the processes, in place; UserError if a process has ended."""
+    """Sum tensors of one dtype over the processes, in place; OSError if a process has ended."""
     if world() == 1:
         return
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # what the backend exchanges
@@ -53,8 +78,7 @@ def add_up(tensors):
     except RuntimeError:
         if rank() > 0:
             sys.stderr = sys.stdout  # the first process says it
-        way = "go on with --resume, with as many processes as you like"
-        raise UserError(f"another process of this run has ended: {way}") from None
+        raise OSError("another process of this run has ended, see above") from None
     totals = flat.split([tensor.numel() for tensor in tensors])
     for tensor, total in zip(tensors, totals, strict=True):
         tensor.copy_(total.view_as(tensor))

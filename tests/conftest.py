@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hf.checkpoint import config_from_dict
 from model import Qwen3
+from system import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = dict(
@@ -92,9 +93,11 @@ def save_tokenizer(folder):
 
 @pytest.fixture(autouse=True)
 def keep_signals():
-    """Put back the handlers of Ctrl-C and SIGTERM, which a command run in this process changes."""
+    """Put back the handlers of Ctrl-C and SIGTERM, which a command run in this process changes, and
+    let go of its run."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    processes.HELD.clear()
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -84,18 +84,24 @@ def test_files_that_are_none(tmp_path):
         with pytest.raises(UserError, match="tiny, math, math500, gsm8k"):
             load_problems(str(name))
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(UserError, match=r"binary\.jsonl cannot be read"):
+    with pytest.raises(UserError, match=r"binary\.jsonl, line 1 is damaged"):
         load_problems(str(tmp_path / "binary.jsonl"))
 
 
 class Letters:
-    """A tokenizer: a token a character."""
+    """A tokenizer: a token a character, or for many x; it counts the characters that it reads."""
+
+    def __init__(self, many=1):
+        self.file = SimpleNamespace(get_vocab=lambda: {"a": 0, "x" * many: 1})
+        self.pattern = re.compile(f"x{{{many}}}|(?s:.)")
+        self.read = 0
 
     def encode(self, text):
-        return list(map(ord, text))
+        self.read += len(text)
+        return self.pattern.findall(text)
 
 
-def split(tmp_path, train, test, limit=10**6, problems=100):
+def split(tmp_path, train, test, limit=10**6, problems=100, tokenizer=None):
     """load_split of problem texts in two files: (texts, held-out texts, note)."""
     names = []
     for name, texts in (("train.jsonl", train), ("test.jsonl", test)):
@@ -103,7 +109,7 @@ def split(tmp_path, train, test, limit=10**6, problems=100):
         (tmp_path / name).write_text("\n".join(lines))
         names.append(str(tmp_path / name))
     s = dict(data=names[0], eval_data=names[1], chat=False, max_prompt_tokens=limit)
-    found = load_split(SimpleNamespace(**s, eval_problems=problems), Letters())
+    found = load_split(SimpleNamespace(**s, eval_problems=problems), tokenizer or Letters())
     return [p["problem"] for p in found[0]], [p["problem"] for p in found[1]], found[2]
 
 
@@ -135,6 +141,24 @@ def test_long_problems_are_counted(tmp_path):
     assert note == "2 problems (left out: 2 too long, 0 evaluated on, 1 too long to evaluate on)"
     with pytest.raises(UserError, match=r"4 too long, 0 evaluated on, 3 too long to evaluate on"):
         split(tmp_path, train, test, room - 3)
+
+
+def test_of_a_huge_problem_only_the_beginning_is_read(tmp_path):
+    """Minutes and gigabytes for a text that cannot fit; or one left out that is long and would fit:
+    its tokens are long, or the tokenizer drops what it does not know."""
+    huge = "1" * 5_000_000
+    room = len(prompt_text("12"))
+    tokenizer = Letters()
+    kept, _, note = split(tmp_path, ["12", huge], ["3", huge], room, tokenizer=tokenizer)
+    assert kept == ["12"] and "1 too long, 0 evaluated on, 1 too long to evaluate on" in note
+    assert tokenizer.read < 100 * room
+    long = "x" * 1000 * (room + 1)
+    fits = "x" * 2000
+    kept, _, _ = split(tmp_path, ["12", fits, long], ["3"], room, tokenizer=Letters(1000))
+    assert kept == ["12", fits]
+    tokenizer.pattern = re.compile(r"(?s)[^\u200b]")
+    spaced = "1" + "\u200b" * 10**5 + "2"
+    assert split(tmp_path, [spaced], ["3"], room, tokenizer=tokenizer)[0] == [spaced]
 
 
 def test_prompt():

@@ -1,7 +1,11 @@
 """Hostile files: whatever they hold, a loader returns or raises UserError, soon, in little memory.
 
-Each test damages one file of a checkpoint, an adapter or a data set that is otherwise whole. The
-examples are the same in every run, and `pytest -m long` tries many more of them.
+Each test damages one file of a checkpoint, an adapter, a data set or a run that is otherwise whole.
+The examples are the same in every run, and `pytest -m long` tries many more of them. For a night:
+
+    FUZZ_EXAMPLES=500 FUZZ_SEED=1 pytest -n 0 -s -m long tests/test_fuzz.py
+
+tries 500 of each kind, which depend on the seed alone, and says how many files were refused.
 """
 
 import ast
@@ -13,33 +17,48 @@ import pickle
 import re
 import resource
 import shutil
+import signal
+import socket
 import struct
 import sys
 import time
 import zipfile
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import eval_math
 import sample
 import train
-from data.problems import add_prompts, load_problems
+from data.problems import TINY, add_prompts, load_problems
 from eval_math import graded
 from experiments.compare import compare
 from hf.checkpoint import INDEX, load_model, load_tokenizer
 from hf.peft import load_adapter, save_adapter
-from lora import add_lora
+from lora import add_lora, lora_parameters
+from run import checkpoints
+from run import folder as run_folder
 from run.answers import print_groups, read_answers
-from run.flags import check_fit
+from run.flags import check, check_fit
+from system import files
 from system.errors import UserError, printable
+from view.__main__ import make_groups, read_samples
+from view.draw import page, show
 
 ROOM = 2**30  # bytes that a loader may allocate beyond what is there; the files have 200 kB
 SECONDS = 5  # of processor time for a file
-FEW_OR_MANY = pytest.mark.parametrize("examples", [50, pytest.param(200, marks=pytest.mark.long)])
+MANY = int(os.environ.get("FUZZ_EXAMPLES", 200))
+SEED = int(os.environ.get("FUZZ_SEED", 0))
+FEW_OR_MANY = pytest.mark.parametrize("examples", [50, pytest.param(MANY, marks=pytest.mark.long)])
+SOME_OR_MANY = pytest.mark.parametrize("examples", [15, pytest.param(MANY, marks=pytest.mark.long)])
+TALLY = Counter()  # what became of the files
 
 ODD = [0, 1, -1, 2, 3, 2**20, 10**9, 2**63, 10**400, 0.5, 1e-300, 1e300, float("nan"), float("inf")]
 ODD += [
@@ -63,6 +82,13 @@ VALUES = st.sampled_from(ODD) | st.recursive(
     max_leaves=5,
 )
 DEEP = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tally():
+    """Say at the end how often something was read, and how often refused (pytest -s shows it)."""
+    yield
+    print(f"\nread: {TALLY['loaded']} times, refused: {TALLY['refused']} times")
 
 
 @pytest.fixture
@@ -111,21 +137,24 @@ def fuzz(examples, *strategies):
     """Have hypothesis call a test with so many examples of these strategies."""
     how = settings(
         max_examples=examples,
-        derandomize=True,
+        derandomize=not SEED,
         deadline=None,  # it would count the time that other processes take
         database=None,
         phases=[Phase.generate],  # to shrink a failure takes minutes
         suppress_health_check=list(HealthCheck),
     )
-    return lambda test: how(given(*strategies)(test))
+    return lambda test: seed(SEED)(how(given(*strategies)(test)))
 
 
 def outcome(load, *args):
     """What it returns, or None if it raises a UserError; anything else fails the test."""
     started = time.process_time()
     try:
-        return load(*args)
+        found = load(*args)
+        TALLY["loaded"] += 1
+        return found
     except UserError as error:
+        TALLY["refused"] += 1
         assert str(error)
     finally:
         assert time.process_time() - started < SECONDS
@@ -317,6 +346,288 @@ def test_problem_files(whole, tmp_path, capsys, examples):
     assert "\x1b" not in capsys.readouterr().out
 
 
+# ---- The folder of a run -------------------------------------------------------------------------
+ROW_FILES = ["metrics.jsonl", "evals.jsonl", "samples.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """A run of three steps and its bytes. With a KL penalty every completion is trained on."""
+    path = tmp_path_factory.mktemp("fuzz") / "run"
+    data = path.with_name("few.jsonl")
+    data.write_text("".join((TINY / "train.jsonl").read_text().splitlines(keepends=True)[:40]))
+    flags = "--steps 3 --prompts 2 --samples 2 --max-new-tokens 8 --eval-problems 2 --rank 2"
+    flags += " --eval-samples 2 --eval-every 1 --save-every 1 --kl-coef 0.1 --compare-rules"
+    with pytest.MonkeyPatch.context() as patch:
+        words = [*flags.split(), "--model", folder, "--out", path, "--data", data]
+        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        train.main()
+    (path / "trainer.safetensors.1").unlink()  # there is nothing to fall back on
+    return path, contents(path), load_model(folder)
+
+
+def contents(path):
+    """The bytes of all files below a folder."""
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def go_on(folder, original, base):
+    """Do all that `train.py --resume` does but train: read, and print what is printed at the end.
+    With other settings than the run had, only read them."""
+    cfg = checkpoints.resumed_settings(train.Settings(), {}, str(folder))
+    check(cfg)
+    if asdict(cfg) != original | dict(out=str(folder)):
+        return cfg
+    model = add_lora(copy.deepcopy(base), cfg.rank, cfg.alpha)
+    optimizer = torch.optim.AdamW(lora_parameters(model).values())
+    step = checkpoints.resume_or_start(folder, model, optimizer, cfg)
+    for state in optimizer.state_dict()["state"].values():
+        assert all(x.isfinite().all() for x in state.values()) and state["step"] <= step
+    evals = files.read_rows(folder / "evals.jsonl")
+    history = files.read_rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in history] == list(range(1, step + 1))
+    rates = {"greedy": 0.5, "greedy_95": [0.1, 0.9]}  # of the last evaluation, which is always made
+    if history:
+        run_folder.summary(folder, history, [*evals, rates], cfg)
+    return cfg
+
+
+def look(folder):
+    """Do all that `python -m view` does; the page is valid JSON."""
+    samples = read_samples(folder)
+    names = list(samples[0]["rules"])
+    groups = make_groups(samples)
+    text = page(groups, names, 1, samples[-1]["credit"], "run")
+    data = text.split('id="data">', 1)[1].split("</script>", 1)[0]
+    json.loads(data, parse_constant=pytest.fail)
+    show(groups, names, 1)
+    return groups
+
+
+def try_run(run, name, data, monkeypatch):
+    """Go on with a run, and look at it, with other bytes in one file. What is refused stays as it
+    is, and what follows finds the run whole again."""
+    path, whole, base = run
+    monkeypatch.setattr(files, "sync", lambda path: None)
+    original = json.loads(whole[path / "config.json"])["settings"]
+    (path / name).write_bytes(data)
+    before = contents(path)
+    went_on = outcome(go_on, path, original, base)
+    assert went_on or contents(path) == before
+    looked = outcome(look, path)
+    for file, content in whole.items():
+        file.write_bytes(content)
+    return went_on and looked
+
+
+@st.composite
+def changed_lines(draw, data):
+    """JSONL of which a line is changed, doubled, dropped or in another place, or some bytes are."""
+    lines = data.splitlines()
+    i = draw(st.integers(0, len(lines) - 1))
+    kind = draw(st.sampled_from(["object"] * 5 + ["double", "drop", "move", "bytes"]))
+    if kind == "bytes":
+        return draw(changed_bytes(data))
+    line = lines[i] if kind == "double" else lines.pop(i)
+    if kind == "object":
+        line = draw(changed_object(json.loads(line)))
+    if kind != "drop":
+        lines.insert(draw(st.integers(0, len(lines))) if kind == "move" else i, line)
+    return b"\n".join(lines) + b"\n" * draw(st.booleans())
+
+
+@SOME_OR_MANY
+@pytest.mark.parametrize("name", [*ROW_FILES, "config.json"])
+def test_files_of_a_run(run, monkeypatch, capsys, little_memory, name, examples):
+    """A step or a rate of another type, sign or size, rows that lack what the end of a run prints,
+    hours later; rules that differ from line to line; escapes in any text of a shared run."""
+    data = run[1][run[0] / name]
+    changed = changed_lines(data) if name in ROW_FILES else changed_object(json.loads(data))
+
+    @fuzz(examples, changed)
+    def test(data):
+        try_run(run, name, data, monkeypatch)
+
+    assert try_run(run, name, data, monkeypatch)  # nothing is changed
+    test()
+    shown = capsys.readouterr().out
+    colours = r"\x1b\[(48;5;\d+;38;5;\d+|0)m"  # the view's own
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]", re.sub(colours, "", shown))
+
+
+ADAPTER = "adapter.model.layers.0.self_attn.q_proj.lora_A.weight"
+TENSORS = {  # by what is wrong: tensors that replace or join those of a checkpoint; None: one less
+    "a moment is missing": {"0.exp_avg": None},
+    "moments of some parameters": {f"0.{key}": None for key in ("step", "exp_avg", "exp_avg_sq")},
+    "no adapter": {ADAPTER: None},
+    "a name without a dot": {"x": torch.zeros(1)},
+    "another adapter's": {"adapter.x": torch.zeros(1)},
+    "no parameter": {"99.exp_avg": torch.zeros(1)},
+    "a negative parameter": {"-1.exp_avg": torch.zeros(1)},
+    "no state of AdamW": {"0.max_exp_avg_sq": torch.zeros(1)},
+    "of another shape": {"0.exp_avg": torch.zeros(2, 41)},
+    "of another size": {"0.exp_avg": torch.zeros(1)},
+    "an adapter of another shape": {ADAPTER: torch.zeros(3, 40)},
+    "NaN": {"0.exp_avg": torch.full((2, 40), torch.nan)},
+    "infinity": {"0.exp_avg_sq": torch.full((2, 40), torch.inf)},
+    "NaN in the adapter": {ADAPTER: torch.full((2, 40), torch.nan)},
+    "negative squares": {"0.exp_avg_sq": torch.full((2, 40), -1e-9)},
+    "float64": {"0.exp_avg": torch.zeros(2, 40, dtype=torch.float64)},
+    "float16": {ADAPTER: torch.zeros(2, 40, dtype=torch.float16)},
+    "float8": {"0.exp_avg": torch.zeros(2, 40, dtype=torch.float8_e4m3fn)},
+    "whole numbers": {"0.exp_avg": torch.zeros(2, 40, dtype=torch.int64)},
+    "booleans": {"0.exp_avg_sq": torch.zeros(2, 40, dtype=torch.bool)},
+    "a step that is no scalar": {"0.step": torch.ones(1)},
+    "steps that disagree": {"0.step": torch.tensor(2.0)},
+    "a negative step": {"step": torch.tensor(-1.0)},
+    "half a step": {"step": torch.tensor(1.5)},
+    "a step beyond the run": {"step": torch.tensor(4.0)},
+    "a step of NaN": {"step": torch.tensor(torch.nan)},
+    "a step of 0": {"step": torch.tensor(0.0)},
+}
+STEPS = ["-1", "x", "", "1e1", "2.0", " 3", "3\n", "4", "0", "9" * 5000, "\u0663", "\x1b[2J", "1_0"]
+
+
+def crafted(whole, changes=(), step="3"):
+    """A checkpoint with a right checksum, other tensors and another step."""
+    tensors = safetensors.torch.load(whole)
+    for name, tensor in dict(changes).items():
+        for key in [k for k in tensors if k == name or (name == "step" and k.endswith(".step"))]:
+            del tensors[key]
+            tensors |= {} if tensor is None else {key: tensor.clone()}
+        if tensor is not None and name != "step":
+            tensors[name] = tensor.clone()
+    about = dict(step=step, sha256=checkpoints.digest(tensors, step))
+    return safetensors.torch.save(tensors, about)
+
+
+@pytest.mark.parametrize("wrong", [*TENSORS, *STEPS])
+def test_a_crafted_checkpoint(run, monkeypatch, wrong):
+    """A checksum proves nothing in a file that somebody made: a KeyError, moments that are NaN or
+    of another shape after the first step, or the steps of a run that went on for ever."""
+    path, whole, base = run
+    monkeypatch.setattr(files, "sync", lambda path: None)
+    data = whole[path / "trainer.safetensors"]
+    how = dict(changes=TENSORS[wrong]) if wrong in TENSORS else dict(step=wrong)
+    model = add_lora(copy.deepcopy(base), 2, 32.0)
+    optimizer = torch.optim.AdamW(lora_parameters(model).values())
+    state = copy.deepcopy(model.state_dict())
+    cfg = train.Settings(**json.loads(whole[path / "config.json"])["settings"])
+    (path / "trainer.safetensors").write_bytes(crafted(data, **how))
+    before = contents(path)
+    try:
+        with pytest.raises(UserError, match=r"checkpoint|tensor|trainer") as error:
+            checkpoints.resume_or_start(path, model, optimizer, cfg)
+        assert len(str(error.value)) < 300 and contents(path) == before
+    finally:
+        (path / "trainer.safetensors").write_bytes(data)
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    assert not optimizer.state_dict()["state"]
+
+
+@st.composite
+def changed_checkpoint(draw, data):
+    """Several things wrong at once, a right checksum or not."""
+    if draw(st.booleans()):
+        return draw(changed_tensors(data))
+    changes = {}
+    for wrong in draw(st.lists(st.sampled_from(sorted(TENSORS)), max_size=2)):
+        changes |= TENSORS[wrong]
+    name = draw(st.sampled_from(sorted(safetensors.torch.load(data))) | st.text(max_size=9))
+    shape = draw(st.lists(st.sampled_from([1, 2, 40, 56]), max_size=2))
+    if draw(st.booleans()):
+        changes[name] = torch.full(shape, draw(st.sampled_from([0.0, 1.0, -1.0, 1e30, torch.nan])))
+    return crafted(data, changes, draw(st.just("3") | st.just("3") | st.sampled_from(STEPS)))
+
+
+@SOME_OR_MANY
+def test_checkpoints_of_a_run(run, monkeypatch, little_memory, capsys, examples):
+    """Damaged, or made: no other exception, and no state that is not finite."""
+    data = run[1][run[0] / "trainer.safetensors"]
+
+    @fuzz(examples, changed_checkpoint(data))
+    def test(data):
+        try_run(run, "trainer.safetensors", data, monkeypatch)
+
+    test()
+
+
+@pytest.mark.parametrize("name", ["config.json", *ROW_FILES])
+def test_a_run_nested_to_any_depth(run, monkeypatch, name):
+    """Python gives up at a depth that depends on who calls: what can be read, but neither written
+    nor printed, is a RecursionError in the middle of a run."""
+    text = run[1][run[0] / name].decode()
+    for depth in [*range(90, 990, 90), *range(980, 1000, 3)]:
+        deep = "[" * depth + "]" * depth
+        try_run(run, name, text.replace("{", f'{{"deep": {deep}, ', 1).encode(), monkeypatch)
+
+
+# ---- What is no regular file, and what has no end ------------------------------------------------
+def strange(kind, path):
+    """Put something at a path that is no file of a checkpoint, a run or problems."""
+    if path.is_file():
+        path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as end:
+            end.bind(str(path))
+    elif kind == "zeros":
+        path.touch()
+        os.truncate(path, ROOM // 2)  # takes no room on the disk
+    else:
+        path.symlink_to(kind)
+
+
+@pytest.fixture
+def in_time():
+    """A test that waits for a pipe ends after a while, and fails."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+
+
+KINDS = [
+    "pipe",
+    "folder",
+    "socket",
+    "zeros",
+    "/dev/zero",
+    "/dev/tty",
+    "/proc/self/mem",
+    "/proc/self/maps",
+]
+NAMES = ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors", INDEX]
+NAMES += ["adapter_config.json", "adapter_model.safetensors", "few.jsonl"]
+NAMES += [f"run/{name}" for name in ("config.json", "trainer.safetensors", *ROW_FILES)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_regular_file(whole, run, in_time, monkeypatch, tmp_path, name):
+    """A pipe waits for ever and /dev/zero fills the memory; /proc says that its files are empty,
+    and a file of zeros takes no room until it is read."""
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    for i, kind in enumerate(KINDS):
+        place = Path(str(i))
+        shutil.copytree(run[0] if "/" in name else whole[0], place)
+        path = place / Path(name).name
+        strange(kind, path)
+        with pytest.raises(UserError) as error:
+            if "/" in name:
+                go_on(place, json.loads(run[1][run[0] / "config.json"])["settings"], run[2])
+                read_samples(place)
+            elif name == "few.jsonl":
+                outcome(read_answers, str(path))
+                load_problems(str(path))
+            else:
+                load_adapter(use(place), place)
+        assert path.name in str(error.value)
+        shutil.rmtree(place)
+
+
 # ---- What is never parsed, and never printed -----------------------------------------------------
 
 
@@ -341,7 +652,8 @@ def test_a_pickle_under_another_name(scratch, kind):
         path.mkdir()
     else:
         path.touch()
-    with pytest.raises(UserError, match=r"model\.safetensors is missing or damaged"):
+    says = r"model\.safetensors is (missing or damaged|a folder)"
+    with pytest.raises(UserError, match=says):
         load_model(scratch)
 
 

@@ -321,20 +321,21 @@ def test_bf16(tmp_path):
 MEASURE = """
 import re, sys, torch
 from hf.checkpoint import load_model
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+def memory(name):
+    return int(re.search(rf"{name}:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 load_model(sys.argv[1])  # a tiny one, after which all that torch imports late is there
-before = anonymous()
-kept = load_model(sys.argv[2], dtype=torch.bfloat16)
-between = anonymous()
-copied = load_model(sys.argv[2], dtype=torch.float32)
-print(between - before, anonymous() - between)
+for dtype in (torch.bfloat16, torch.float32):
+    open("/proc/self/clear_refs", "w").write("5")  # VmHWM, the peak, becomes VmRSS
+    before = memory("VmRSS")
+    model = load_model(sys.argv[2], dtype=dtype)
+    print(memory("VmHWM") - before)
+    del model
 """
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
-def test_loading_makes_no_second_copy(tmp_path, folder):
-    """An 8B model in its own dtype would take twice its 16 GB while it is loaded on the CPU."""
+def test_loading_takes_the_memory_of_one_model(tmp_path, folder):
+    """An 8B model would take twice its 16 GB while it is loaded on the CPU."""
     shape = dict(vocab_size=20_000, hidden_size=512, intermediate_size=2048, head_dim=64)
     model = tiny_model(**shape, num_hidden_layers=4).bfloat16()
     state = {name: p.data for name, p in model.named_parameters()}
@@ -346,8 +347,8 @@ def test_loading_makes_no_second_copy(tmp_path, folder):
     command = [sys.executable, "-c", MEASURE, str(folder), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     same_dtype, other_dtype = map(int, done.stdout.split())
-    assert same_dtype < 0.2 * size
-    assert 1.8 * size < other_dtype < 2.4 * size  # in fp32 it is a copy, and one only
+    assert 0.9 * size < same_dtype < 1.3 * size
+    assert 1.8 * size < other_dtype < 2.8 * size  # in fp32; the allocator keeps some of the bf16
 
 
 @pytest.mark.parametrize(
@@ -386,7 +387,7 @@ def test_tokenizer_refusals(scratch):
         load_tokenizer(scratch)
 
 
-MORE_ROOM = "lower --micro-batch-tokens, --samples, --prompts or --max-new-tokens, then --resume"
+MORE_ROOM = "lower --micro-batch-tokens (in training), --samples or --max-new-tokens"
 
 
 @pytest.mark.parametrize(

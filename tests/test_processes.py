@@ -3,6 +3,7 @@ same metrics, whichever process dies, and with however many it goes on."""
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from test_resume import PRELOAD, assert_same_run, few_problems, finish, rows
 from run import checkpoints
 from sample import Completions
 from system import processes
+from system.errors import interrupt, on_signals
 
 HOUSE = Path(__file__).parent.parent
 RUN = "--steps 4 --prompts 5 --samples 4 --max-new-tokens 32 --eval-problems 6 --eval-samples 2"
@@ -148,12 +150,52 @@ def test_stopped_and_killed_it_goes_on_with_another_number(flags, whole, tmp_pat
     code, said = ended(launcher, folder)
     assert code != 0 and time.monotonic() - killed < 20
     assert said.count(f"going on after step {done}") == 1
-    ways = ("error: another process of this run has ended: go on with --resume", "stopped: step ")
+    ways = ("error: another process of this run has ended", "stopped: step ")
     assert any(way in said for way in ways)  # the second if torchrun was the faster to notice
+    assert f"python train.py --resume {folder} goes on" in said
     assert done <= checkpoints.newest_checkpoint(folder)[1] <= len(rows(folder))
     code, said = finish(folder, flags)
     assert code == 0, said
     assert_same_run(folder, whole)
+
+
+@pytest.mark.long
+def test_the_others_end_with_a_first_process_that_is_refused(flags, whole, tmp_path):
+    """Processes that wait half an hour for one that has ended, a line of each, and torchrun's kill
+    of what does not listen after another half minute."""
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    processes.hold(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for begin in (["--resume", folder], ["--out", folder]):
+        arguments = [str(x) for x in (2, HOUSE / "train.py", *flags, *begin)]
+        launcher = forks().Process(target=torchrun, args=(arguments, folder.with_suffix(".log")))
+        launcher.start()
+        code, said = ended(launcher, folder)
+        assert code != 0 and said.count("error: ") == 1 and "stopped" not in said
+        assert f"error: {folder} is in use by process {os.getpid()} on " in said
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_one_that_ends_before_they_meet_ends_the_others(tmp_path):
+    """A process that waits for the others, in a library where Python runs no handler, did not hear
+    that torchrun wants it to end: half a minute, for a wrong flag on one machine."""
+    pipe, theirs = forks().Pipe()
+    process = forks().Process(target=waits_for_others, args=(theirs,))
+    process.start()
+    pipe.recv()
+    process.join(0.2)
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == -signal.SIGTERM
+
+
+def waits_for_others(pipe):
+    """Meet others that never come."""
+    os.environ |= dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0")
+    meet = torch.distributed.init_process_group
+    torch.distributed.init_process_group = lambda kind: (pipe.send("waits"), meet(kind))
+    on_signals(interrupt)
+    processes.start(torch.device("cpu"))
 
 
 # ---- What the processes exchange -----------------------------------------------------------------

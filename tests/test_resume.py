@@ -7,9 +7,13 @@ takes seconds). Each says when it begins to sample, to update, to save or to eva
 kill can be aimed at any of these, and at what comes before.
 """
 
+import ast
+import contextlib
+import errno
 import json
 import multiprocessing
 import os
+import platform
 import random
 import resource
 import shutil
@@ -24,6 +28,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from helpers import tiny_model
 from safetensors.torch import load_file, save_file
 
@@ -33,9 +38,10 @@ from hf.checkpoint import load_model
 from hf.peft import load_adapter
 from lora import lora_parameters
 from model import Qwen3
-from run import checkpoints
-from system import files
-from system.errors import Parser, UserError, run_cli
+from run import answers, checkpoints
+from run.folder import own_folder
+from system import errors, files, processes
+from system.errors import Parser, UserError, interrupt, on_signals, run_cli
 
 TIMING = {"seconds_rollout", "seconds_update", "tokens_per_second"}
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -367,6 +373,24 @@ def test_a_crash_while_saving_leaves_the_old_or_the_new(monkeypatch, tmp_path):
     assert moment > 10 and step == 2 and held[1]
 
 
+def test_a_full_disk_leaves_the_old_file_and_no_other(monkeypatch, tmp_path):
+    """Half a file that takes the last room of a full disk; a command that has no --resume, and says
+    that --resume goes on."""
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(b"old")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for place, call in ((Path, "write_bytes"), (os, "fsync"), (os, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, call, full)
+            with pytest.raises(OSError) as error:
+                answers.write_answers(str(path), [dict(completion="1")])
+        assert str(error.value) == f"cannot write {path} (No space left on device): mend that"
+        assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
 def test_files_are_on_the_disk_before_they_count(monkeypatch, tmp_path):
     """After a power cut a renamed file can be empty, if it was not synced before; its name can be
     lost, if the folder was not synced after; and lines, if they were not before the checkpoint."""
@@ -410,12 +434,81 @@ def test_ctrl_c_and_sigterm_lose_no_step(flags, whole, tmp_path):
 
 
 def test_a_second_ctrl_c_stops_at_once():
-    """A user who waits for a step of minutes, or a handler that is left behind."""
-    before = signal.getsignal(signal.SIGINT)
+    """A user who waits for a step of minutes, or who cuts short the saving that comes after it."""
     with pytest.raises(KeyboardInterrupt), checkpoints.uninterrupted():
         os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is errors.ignore
+
+
+EVERY_INSTRUCTION = """
+import itertools, os, signal, sys
+from system import errors
+number = int(sys.argv[1])
+
+def main():
+    try:
+        raise errors.UserError("the end")
+    except KeyboardInterrupt as stop:  # as train.py does
+        raise KeyboardInterrupt(*stop.args, "saved") from None
+
+for moment in itertools.count():
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(writing, 2)
+        left = iter(range(moment, -1, -1))
+        def trace(frame, event, _):
+            frame.f_trace_opcodes = True
+            if frame.f_code.co_filename not in (errors.__file__, "<string>"):
+                return None
+            if event == "opcode" and next(left, -1) == 0:
+                signal.raise_signal(number)
+            return trace
+        errors.on_signals(signal.SIG_DFL)
+        sys.settrace(trace)
+        try:
+            errors.run_cli(main)
+        except SystemExit as stop:
+            sys.settrace(None)
+            os._exit(99 if next(left, -1) >= 0 else stop.code)  # 99: there is no such moment
+    os.close(writing)
+    said = open(reading).read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == 99:
+        break
+    print([code, said])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_any_instruction_is_a_line(number):
+    """torchrun's SIGTERM just after an error, or while it is said: a traceback in two of five."""
+    command = [sys.executable, "-W", "ignore", "-c", EVERY_INSTRUCTION, str(int(number))]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = [ast.literal_eval(line) for line in said.splitlines()]
+    stopped = [[128 + number, "stopped\n"], [128 + number, "stopped: saved\n"]]
+    error = [2, "error: the end\n"]
+    died = [[-number, ""], [-number, error[1]]]  # before run_cli acts, and when it has
+    assert len(found) > 100 and error in found and stopped[0] in found
+    assert [end for end in found if end not in [error, *stopped, *died]] == []
+
+
+def test_two_signals_at_once_are_one(capfd):
+    """Python complains of a second signal, with a traceback, if its handler is gone by its turn."""
+    both = {signal.SIGINT, signal.SIGTERM}
+
+    def main():
+        for begin in (contextlib.nullcontext, checkpoints.uninterrupted):
+            with contextlib.suppress(KeyboardInterrupt), begin():
+                on_signals(interrupt) if begin is contextlib.nullcontext else None
+                signal.pthread_sigmask(signal.SIG_BLOCK, both)
+                for number in both:
+                    os.kill(os.getpid(), number)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        return "went on"
+
+    assert run_cli(main) == "went on" and capfd.readouterr().err == ""
 
 
 # ---- Resumed -------------------------------------------------------------------------------------
@@ -471,6 +564,52 @@ def test_resume_finds_the_newest_run_of_its_name(monkeypatch, tmp_path):
         checkpoints.find_run(train.Settings(), "")
 
 
+# ---- One run, one process ------------------------------------------------------------------------
+
+
+def test_only_one_process_works_on_a_run(flags, whole, monkeypatch, capsys, tmp_path):
+    """Two that resume a run, or begin one in a folder, and both go on: steps that are there twice.
+    A process that was killed and keeps all others out."""
+    folder = tmp_path / "run"
+    process, pipe = start(folder, flags)
+    while pipe.recv() != "evaluation":
+        pass
+    process_is = f"error: {folder} is in use by process {process.pid} on {platform.node()}: "
+    os.kill(process.pid, signal.SIGSTOP)
+    held = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for begin in (["--resume", folder], ["--out", folder, "--resume"], ["--out", folder]):
+        code, said = resume(monkeypatch, capsys, *flags, *begin)
+        assert code == 2 and said.err.startswith(process_is) and said.err.count("\n") == 1
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == held
+    assert checkpoints.newest_checkpoint(folder)[1] == 0  # whoever only reads needs no lock
+    process.kill()
+    process.join()
+    assert resume(monkeypatch, capsys, "--resume", folder)[0] == 0
+    assert outcome(folder) == outcome(whole)
+    code, said = resume(monkeypatch, capsys, *flags, "--out", folder)
+    assert code == 2 and "holds a run" in said.err
+
+
+def test_runs_that_begin_at_once_get_names_of_their_own(monkeypatch, tmp_path):
+    """A folder that another process makes after one looked whether it is there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    made = [own_folder(Path("runs"), "name") for _ in range(3)]
+    assert made == [Path("runs/name"), Path("runs/name-2"), Path("runs/name-3")]
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(37, "No locks")])
+def test_a_folder_that_cannot_be_locked_is_named(error, monkeypatch, tmp_path):
+    """A traceback on a file system without locks, or two processes that both go on there."""
+
+    def acquire(lock):
+        raise error
+
+    monkeypatch.setattr(processes.FileLock, "acquire", acquire)
+    with pytest.raises(UserError, match=rf"{tmp_path} cannot be locked \(.*o .*lock"):
+        processes.hold(tmp_path)
+
+
 # ---- Faults --------------------------------------------------------------------------------------
 
 
@@ -511,6 +650,7 @@ def test_a_run_without_memory_ends_in_a_line_and_resumes_exactly_with_a_smaller_
         code, said = resume(patch, capsys, *flags, "--out", folder)
     assert one_error(code, said.err)
     assert said.err.startswith("error: out of memory: lower --micro-batch-tokens")
+    assert said.err.endswith(f", then python train.py --resume {folder} goes on\n")
     assert said.err.count("\n") == 1
     assert len(rows(folder)) == checkpoints.newest_checkpoint(folder)[1] == 2
     less = ["--resume", folder, "--micro-batch-tokens", 100]
@@ -523,10 +663,25 @@ def test_a_full_disk_costs_no_checkpoint(flags, whole, tmp_path):
     """A good checkpoint overwritten by half of one; here no file may grow over the limit."""
     folder = tmp_path / "run"
     code, said = finish(folder, flags, limit=10**6)  # the adapter fits, the optimizer's state not
-    assert one_error(code, said) and "cannot write" in said and "trainer.safetensors" in said
+    assert one_error(code, said) and f"cannot write {folder}/trainer.safetensors (" in said
+    assert said.endswith(f"): mend that, then python train.py --resume {folder} goes on\n")
+    assert not list(folder.rglob("*.part"))
     assert len(rows(folder)) == 2 and checkpoints.newest_checkpoint(folder)[1] == 0
     assert finish(folder, flags)[0] == 0
     assert outcome(folder) == outcome(whole)
+
+
+def test_a_file_that_changes_after_it_was_read_changes_nothing(scratch):
+    """The base model is copied anew during a run: other weights in silence, or a bus error."""
+    path = scratch / "model.safetensors"
+    model = load_model(scratch)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    tensors, _ = files.read_tensors(path)
+    kept = {name: x.clone() for name, x in tensors.items()}
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(x, kept[name]) for name, x in tensors.items())
 
 
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(flags, whole, killed):
@@ -563,20 +718,25 @@ def test_lost_files_are_named(killed, monkeypatch, capsys, name, data, says):
         path.unlink()
         if data is not None:
             path.write_bytes(data)
+    (killed / "process.txt").unlink()  # it names this process now
     before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
     code, said = resume(monkeypatch, capsys, "--resume", killed)
     assert code == 2 and said.err.count("\n") == 1 and says in said.err
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
-def test_a_torn_line_is_none(tmp_path):
+def test_a_torn_line_is_none(whole, tmp_path):
     """A live run read while it writes, or one that a crash cut short, ending in a traceback."""
     path = tmp_path / "metrics.jsonl"
     assert files.read_rows(path) == []
-    path.write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
-    assert files.read_rows(path) == [dict(step=1, reward=0.5)]
-    path.write_text('{"step": 1}\n{"reward": 0.5}\n{"step": 3}\n')
-    with pytest.raises(UserError, match="line 2"):
+    first, second, third = (json.dumps(row) + "\n" for row in rows(whole)[:3])
+    path.write_text(first + second[:-9])
+    assert files.read_rows(path) == rows(whole)[:1]
+    path.write_text(first + second[:-9] + "\n")  # this one was written to its end
+    with pytest.raises(UserError, match="line 2 is damaged"):
+        files.read_rows(path)
+    path.write_text(first + third.replace('"step"', '"stop"') + third)
+    with pytest.raises(UserError, match="line 2 is damaged"):
         files.read_rows(path)
 
 

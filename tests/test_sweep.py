@@ -41,6 +41,7 @@ done = len(path.read_text().splitlines()) if path.exists() else 0
 shares = {f"{kind}/{c}": 1 / 7 for kind in ("tokens", "credit") for c in %r}
 for step in range(done + 1, s["steps"] + 1):
     row = dict(step=step, reward=step / 10, entropy=0.1, gini=0.5, effective_token_ratio=0.25)
+    row |= dict(groups_mixed=1, skipped=0)
     with open(path, "a") as file:
         file.write(json.dumps(row | shares) + "\\n")
     if step == 2 and (here / "die").exists():

@@ -60,6 +60,7 @@ def test_run_folder(run):
     folder, out, err = run
     names = {"config.json", "metrics.jsonl", "evals.jsonl", "samples.jsonl", "adapter"}
     names |= {"trainer.safetensors", "trainer.safetensors.1"}  # the newest checkpoint, and one more
+    names |= {"process.lock", "process.txt"}  # whose it is
     assert names == {path.name for path in folder.iterdir()}
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["credit"] == "arca"

@@ -3,8 +3,12 @@
 A sample is a dict as run.folder.sample_rows makes it; a group is what draw.py shows of a problem.
 """
 
+import signal
 from itertools import groupby
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C during the imports exits without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -12,8 +16,27 @@ import torch
 from credit import effective_token_ratio, gini
 from run.metrics import CLASSES, rank_correlation, token_classes
 from system.errors import Parser, UserError, printable, run_cli
-from system.files import read_rows
+from system.files import read_rows, write_whole
 from view.draw import page, show
+
+
+def clean(text):
+    """Return text from a model, fit for one line of any screen."""
+    return printable(text, {"\n": "↵", "\t": "⇥", "\r": "↵"})
+
+
+def with_numbers(row) -> dict:
+    """Return a row of samples.jsonl with NaN for each null in its numbers. Several exceptions say
+    that these, or its texts, are none, or that there is not one number a token."""
+    tokens, rules = row["tokens"], row["rules"]
+    "".join([row["problem"], row["gold"], row["text"], row["credit"]] + tokens)  # TypeError
+    signals = np.array([row["logp"], row["entropy"], row["residual"]], dtype=float)
+    weights = np.array(list(rules.values()), dtype=float)
+    T = len(tokens)
+    if not T or signals.shape != (3, T) or weights.shape != (len(rules), 2, T):
+        raise ValueError
+    numbers = dict(zip(("logp", "entropy", "residual"), signals.tolist(), strict=True))
+    return row | numbers | dict(rules=dict(zip(map(clean, rules), weights.tolist(), strict=True)))
 
 
 def read_samples(folder) -> list[dict]:
@@ -22,20 +45,18 @@ def read_samples(folder) -> list[dict]:
     samples = read_rows(path)
     if not samples:
         raise UserError(f"{path} holds no samples: give the folder of a run that has begun")
-    keys = "problem gold text tokens reward advantage credit logp entropy residual rules"
-    for number, sample in enumerate(samples, 1):
-        if not sample.keys() >= set(keys.split()):
-            raise UserError(f"{path}, line {number} is not a sample of this train.py: run it again")
+    for i, sample in enumerate(samples):
+        try:
+            samples[i] = with_numbers(sample)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            raise UserError(f"{path}, line {i + 1} is damaged (no sample): mend it") from None
     # Rules that all samples have: a run that was resumed may have got another one on the way.
     names = [name for name in samples[0]["rules"] if all(name in x["rules"] for x in samples)]
+    if not 0 < len(names) < 100:
+        raise UserError(f"{path}: its lines share {len(names)} rules, not 1 to 99: run it again")
     for sample in samples:
-        sample["rules"] = {name: np.array(sample["rules"][name], float).tolist() for name in names}
+        sample["rules"] = {name: sample["rules"][name] for name in names}
     return samples
-
-
-def clean(text):
-    """Return text from a model, fit for one line of any screen."""
-    return printable(text, {"\n": "↵", "\t": "⇥", "\r": "↵"})
 
 
 def rule_statistics(sample) -> dict:
@@ -49,16 +70,18 @@ def rule_statistics(sample) -> dict:
     finished = not sample["text"].endswith(sample["tokens"][-1])  # the text leaves out the end
     classes = torch.tensor(token_classes(sample["tokens"], finished))  # (T,)
     paid = rules @ torch.nn.functional.one_hot(classes, len(CLASSES)).float()  # (2, R, C)
-    # Each rule with each other one.
-    first = rules.repeat_interleave(R, dim=1).flatten(0, 1)  # (2RR, T)
-    second = rules.repeat(1, R, 1).flatten(0, 1)  # (2RR, T)
-    varies = (first != first[:, :1]).any(dim=1) & (second != second[:, :1]).any(dim=1)
-    correlation = rank_correlation(first, second, torch.ones_like(first))
+    # Each rule with each other one, which says nothing where one of them is constant.
+    constant = (rows == rows[:, :1]).all(dim=1).view(2, R)
+    correlation = torch.empty(2, R, R)
+    for r in range(R):
+        other = rules[:, r].repeat_interleave(R, dim=0)  # (2R, T)
+        correlation[:, :, r] = rank_correlation(rows, other, mask).view(2, R)
+    correlation[constant[:, :, None] | constant[:, None, :]] = torch.nan
     return {
         "gini": gini(rows, mask).view(2, R),
         "ratio": effective_token_ratio(rows, mask).view(2, R),
         "classes": paid / paid.sum(dim=2, keepdim=True),
-        "correlation": correlation.masked_fill(~varies, torch.nan).view(2, R, R),
+        "correlation": correlation,
     }
 
 
@@ -99,10 +122,10 @@ def main():
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     title = f"run {Path(cfg.run).resolve().name}"
-    html = page(groups, names, cfg.sharpening, samples[-1]["credit"], title)
-    (out / "credit.html").write_text(html, encoding="utf-8")
+    html = page(groups, names, cfg.sharpening, clean(samples[-1]["credit"]), title)
+    write_whole(out / "credit.html", html.encode())
     show(groups, names, cfg.sharpening)
-    print(f"\npage: {out / 'credit.html'}")
+    print(printable(f"\npage: {out / 'credit.html'}"))
 
 
 if __name__ == "__main__":
