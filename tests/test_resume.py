@@ -800,18 +800,8 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
-    flags = [
-        "--steps",
-        "80",
-        "--prompts",
-        "4",
-        "--eval-every",
-        "5",
-        "--eval-problems",
-        "50",
-        "--save-every",
-        "4",
-    ]
+    flags = "--steps 80 --prompts 4 --eval-every 5 --eval-problems 50"
+    flags = f"{flags} --save-every 4".split()
     assert finish(folder / "whole", flags)[0] == 0
     died = kill_often(folder / "killed", flags, args.kills, 80, LONGER, args.seed)
     assert finish(folder / "killed", flags)[0] == 0
