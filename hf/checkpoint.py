@@ -111,8 +111,9 @@ def load_model(path_or_id, device="cpu", dtype=None, revision=None) -> Qwen3:
     with torch.device("meta"):  # takes no memory: the tensors of the file move in below
         model = Qwen3(config)
     expected, state = model.state_dict(), {}
+    most = 8 * sum(x.numel() for x in expected.values()) + 2**24  # bytes, with their names
     for file in weight_files(folder):
-        state.update(read_tensors(folder / file)[0])
+        state.update(read_tensors(folder / file, most)[0])
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
         head = state.pop("lm_head.weight", None)  # some files hold the matrix twice

@@ -62,8 +62,14 @@ def load_adapter(model, path_or_id):
     """Put the PEFT adapter of a folder, run or Hub id on its base model; return the model."""
     folder = adapter_folder(path_or_id)
     config = read_config(folder)
-    tensors, _ = files.read_tensors(folder / WEIGHTS)
+    tensors, _ = files.read_tensors(folder / WEIGHTS, most_bytes(model, config["r"]))
     return put_adapter(model, tensors, config["r"], config["lora_alpha"], folder)
+
+
+def most_bytes(model, rank) -> int:
+    """Return how large a file A and B of all layers of a base model can be, with their names."""
+    shapes = [model.get_submodule(name).weight.shape for name in linear_layers(model)]
+    return 8 * rank * sum(map(sum, shapes)) + 2**24
 
 
 def put_adapter(model, tensors, rank, alpha, where, prefix=PREFIX):

@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from hf.peft import load_adapter, put_adapter, save_adapter
-from lora import add_lora, linear_layers, lora_parameters
+from hf.peft import load_adapter, most_bytes, put_adapter, save_adapter
+from lora import add_lora, lora_parameters
 from run.folder import run_name
 from system import files, processes
 from system.errors import UserError, interrupt, on_signals, printable
@@ -122,9 +122,7 @@ def newest_checkpoint(folder, most=math.inf):
     damage = ""
     for path in checkpoint_paths(folder):
         try:
-            if path.stat().st_size > most:
-                raise UserError(f"{path} is too large for this run")
-            tensors, about = files.read_tensors(path)
+            tensors, about = files.read_tensors(path, most)
             step = about.get("step", "")
             if not tensors or about.get("sha256") != digest(tensors, step):
                 raise UserError(f"{path} is damaged: its checksum is wrong")
@@ -145,9 +143,8 @@ def adapt(model, cfg, resume):
     Return tensors and step of that checkpoint; once there is one, --adapter is not read again."""
     tensors = {}
     step = 0
-    if resume:  # a checkpoint holds A and B at most of all layers, three times, with their names
-        sizes = [sum(model.get_submodule(name).weight.shape) for name in linear_layers(model)]
-        tensors, step = newest_checkpoint(Path(cfg.out), 16 * cfg.rank * sum(sizes) + 2**24)
+    if resume:  # a checkpoint has A and B three times
+        tensors, step = newest_checkpoint(Path(cfg.out), 3 * most_bytes(model, cfg.rank))
     if tensors:
         own = {name: x for name, x in tensors.items() if name.startswith("adapter.")}
         put_adapter(model, own, cfg.rank, cfg.alpha, cfg.out, "adapter.")

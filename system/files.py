@@ -111,11 +111,14 @@ def checked(raw: dict, where, **types) -> dict:
     return raw
 
 
-def read_tensors(path):
-    """Return the tensors of a safetensors file by name, and its metadata. They are read and not
-    mapped, so that nothing that becomes of the file changes a weight or is a bus error."""
+def read_tensors(path, most=math.inf):
+    """Return the tensors of a safetensors file of at most so many bytes by name, and its metadata.
+    They are read and not mapped: what becomes of the file then changes no weight."""
     try:
-        opened(path).close()
+        with opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise UserError(f"{path} is damaged: {size} bytes are more than its tensors have")
         with safe_open(path, framework="pt", backend="pread") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
