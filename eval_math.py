@@ -7,11 +7,12 @@ of bounded depth and bounds each number before it is computed.
 """
 
 import math
-import signal
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the imports exits without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    from system.errors import before_imports
+
+    before_imports()
 
 import torch
 

@@ -12,11 +12,12 @@ differently, in fp32 by about 1e-6, and a token changes if its uniform falls in 
 """
 
 import hashlib
-import signal
 from dataclasses import dataclass
 
-if __name__ == "__main__":  # Ctrl-C during the imports exits without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    from system.errors import before_imports
+
+    before_imports()
 
 import numpy as np
 import torch

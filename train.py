@@ -9,13 +9,14 @@ its folder: config.json, metrics.jsonl, evals.jsonl, samples.jsonl, adapter/, tr
 """
 
 import math
-import signal
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the imports exits without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    from system.errors import before_imports
+
+    before_imports()
 
 import torch
 from tqdm import tqdm

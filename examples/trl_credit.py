@@ -17,7 +17,6 @@ accumulated, reused (num_iterations) or sampled (use_vllm).
 import itertools
 import math
 import os
-import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import fields
@@ -25,12 +24,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
     absent = [name for name in ("trl", "peft", "datasets") if find_spec(name) is None]
     if absent:
         print(f"error: no {absent[0]} here: pip install -r requirements-dev.txt", file=sys.stderr)
         sys.exit(2)
     sys.path.insert(0, str(Path(__file__).parent.parent))
+    from system.errors import before_imports
+
+    before_imports()
 
 import numpy as np
 import torch

@@ -30,6 +30,14 @@ class UserError(Exception):
     """What the user gave cannot be used. The message is one line: what is wrong and what to do."""
 
 
+def before_imports():
+    """Prepare a command for its slow imports: Ctrl-C ends them without a traceback; then idle
+    threads spin for microseconds and sleep (libgomp's default keeps the cores from others)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def run_cli(main):
     """Run a command. What the user or the machine got wrong is one line on stderr and exit code 2,
     Ctrl-C 130, SIGTERM 143; any other exception is a bug of ours and keeps its traceback."""

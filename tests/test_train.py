@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from credit import METHODS
 from data.problems import problems_of_step
 from run.flags import check
 from run.folder import new_run, run_name, summary
-from system.errors import UserError, run_cli
+from system.errors import UserError, before_imports, run_cli
 from system.files import append, write_json
 
 HOUSE = Path(__file__).parent.parent
@@ -279,3 +280,28 @@ def test_help_names_every_setting():
         assert re.search(rf"^  --{flag}\b.*(\n {{4,}}|  )\w", done.stdout, re.MULTILINE), flag
     named = {field.replace("_", "-") for field in vars(train.Settings())}
     assert named | {"resume"} == set(flags.split())
+
+
+@pytest.mark.parametrize("path", ["train.py", "sample.py", "eval_math.py", "view/__main__.py"])
+def test_commands_prepare_before_torch(path):
+    """The OpenMP library reads its environment when torch is imported: what is set later is not
+    seen, and on a busy machine idle threads then take the cores from those that work."""
+    text = (Path(train.__file__).parent / path).read_text()
+    assert 0 < text.index("    before_imports()") < text.index("\nimport torch")
+
+
+@pytest.mark.parametrize(
+    "given, spins",
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
+)
+def test_what_the_user_says_of_threads_holds(monkeypatch, given, spins):
+    """A setting that overrides the user's own."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.environ", os.environ | given)
+    before_imports()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins

@@ -3,12 +3,13 @@
 A sample is a dict as run.folder.sample_rows makes it; a group is what draw.py shows of a problem.
 """
 
-import signal
 from itertools import groupby
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the imports exits without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    from system.errors import before_imports
+
+    before_imports()
 
 import numpy as np
 import torch
