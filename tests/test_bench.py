@@ -37,6 +37,7 @@ def work(tmp_path_factory):
     return common.prepare("tiny", tmp_path_factory.mktemp("work"), **SIZES)
 
 
+@pytest.mark.long
 def test_the_table_says_what_was_measured(monkeypatch, capsys):
     """A row that is missing without a word, or a ratio of other numbers than those printed, would
     claim what nobody measured."""
@@ -182,7 +183,7 @@ def gpu_sh(*flags, python=sys.executable):
     return ended.returncode, ended.stdout
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_gpu_sh_in_small():
     """The script runs for the first time where a GPU is rented by the minute."""
     code, text = gpu_sh("--device", "cpu", "--small")

@@ -72,7 +72,7 @@ def test_the_tables_are_those_of_the_file(sweep_tables):
         assert part.removeprefix("Table ") in text
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_real_model_is_trained_and_measured_once(tmp_path):
     """An hour of training must not be done twice, and what it was for must be in the file."""
     words = ["--model", TINY, "--data", "tiny", "--eval-data", "tiny", "--rules", "arca"]
