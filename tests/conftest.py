@@ -34,6 +34,7 @@ SHAPE = dict(
     head_dim=10,
     rms_norm_eps=1e-2,
 )
+SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
 TEXT = """Solve this math problem step by step. Put your final answer in \\boxed{}. What is $3+4$?
 The sum of three and four is seven, so the answer is $7$. A train leaves the station at noon and
@@ -93,12 +94,13 @@ def save_tokenizer(folder):
 
 @pytest.fixture(autouse=True)
 def keep_signals():
-    """Put back the handlers of Ctrl-C and SIGTERM, which a command run in this process changes, and
-    let go of its run."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Put back the handlers of Ctrl-C and SIGTERM, which a command run in this process changes (a
+    fixture may have run one already), and let go of its run."""
+    for number, handler in SIGNALS.items():
+        signal.signal(number, handler)
     yield
     processes.HELD.clear()
-    for number, handler in before.items():
+    for number, handler in SIGNALS.items():
         signal.signal(number, handler)
 
 
