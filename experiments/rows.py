@@ -4,7 +4,6 @@ A row is a run: its setting, the outcome on every problem, and what it logged at
 Nothing in a row depends on the clock, on the machine's paths or on the order of the runs.
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ def training(folder) -> dict:
     shares = [f"{kind}/{name}" for kind in ("tokens", "credit") for name in CLASSES]
     for step in steps:
         for key in (*CURVES, *shares):
-            if not is_number(step.get(key)) or not math.isfinite(step[key]):
+            if not is_number(step.get(key)):
                 raise UserError(f"{folder}: {key} of step {step['step']} is no number: train again")
     row = {key: [step[key] for step in steps] for key in CURVES}
     for kind in ("tokens", "credit"):

@@ -72,8 +72,8 @@ def read_lines(path, of_run=False):
 
 
 def is_number(x, least=-(2**40), most=2**40) -> bool:
-    """Return whether a JSON value is a number of this size, or NaN; booleans are none."""
-    return type(x) in (int, float) and not x < least and not x > most
+    """Return whether a JSON value is a number of this size; booleans and NaN are none."""
+    return type(x) in (int, float) and least <= x <= most
 
 
 def read_rows(path) -> list[dict]:
@@ -84,8 +84,9 @@ def read_rows(path) -> list[dict]:
         least = rows[-1]["step"] + (path.name != "samples.jsonl") if rows else 0
         wrong = [] if type(row.get("step")) is int and is_number(row["step"], least) else ["step"]
         for name in NUMBERS[path.name]:
-            row[name] = math.nan if row.get(name, 0) is None else row.get(name)
-            wrong += [] if is_number(row[name]) else [name]
+            value = row.get(name, "")
+            wrong += [] if value is None or is_number(value) else [name]
+            row[name] = math.nan if value is None else value
         # A rate, such as pass@4, has the ends of its 95 % interval, pass@4_95.
         for name in [name for name in row if name.endswith("_95")]:
             ends = row[name] if type(row[name]) is list else []
