@@ -20,7 +20,6 @@ the truth itself is a rule (`true`: weights |delta|), one half makes the weights
 is what they are measured against.
 """
 
-import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -32,7 +31,7 @@ from data.problems import load_split
 from eval_math import verify
 from grpo import group_advantages, update
 from hf.peft import put_adapter
-from run.checkpoints import checkpoint_paths, read_settings
+from run.checkpoints import checkpoint_paths, read_settings, step_of
 from run.flags import check, load_base
 from sample import generate
 from system import files
@@ -123,10 +122,10 @@ def saved_adapters(folder) -> dict:
         tensors, about = files.read_tensors(path)
         adapter = [name for name in tensors if name.startswith("adapter.")]
         named = {name.removeprefix("adapter."): tensors[name] for name in adapter}
-        step = about.get("step", "")
-        if not re.fullmatch("[0-9]{1,12}", step):
+        step = step_of(about)
+        if step < 0:
             raise UserError(f"{path} is of no step: it is not a checkpoint of train.py")
-        saved[int(step)] = named
+        saved[step] = named
     return saved
 
 

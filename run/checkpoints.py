@@ -116,6 +116,12 @@ def checkpoint_paths(folder) -> list[Path]:
     return sorted(found, key=lambda p: (len(p.name), p.name))
 
 
+def step_of(about) -> int:
+    """Return the step in a checkpoint's metadata, -1 if that is no number."""
+    step = about.get("step", "")
+    return int(step) if re.fullmatch("[0-9]{1,12}", step) else -1
+
+
 def newest_checkpoint(folder, most=math.inf):
     """Return tensors and step of the newest whole checkpoint of at most so many bytes, or {} and 0
     if there was none yet; a step that is no number is -1."""
@@ -123,12 +129,12 @@ def newest_checkpoint(folder, most=math.inf):
     for path in checkpoint_paths(folder):
         try:
             tensors, about = files.read_tensors(path, most)
-            step = about.get("step", "")
-            if not tensors or about.get("sha256") != digest(tensors, step):
+            if not tensors or about.get("sha256") != digest(tensors, about.get("step", "")):
                 raise UserError(f"{path} is damaged: its checksum is wrong")
             if damage:
-                tqdm.write(printable(f"WARNING: {damage}; resuming from {path}, of step {step}"))
-            return tensors, int(step) if re.fullmatch("[0-9]{1,12}", step) else -1
+                said = f"WARNING: {damage}; resuming from {path}, of step {step_of(about)}"
+                tqdm.write(printable(said))
+            return tensors, step_of(about)
         except UserError as error:
             damage = damage or str(error)
     if not damage and files.read_rows(folder / "metrics.jsonl"):

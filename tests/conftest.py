@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: n
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: workers share the cores among themselves
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copy
 import json
 import shutil
 import signal
@@ -68,6 +69,19 @@ def hf_model(family="qwen3", seed=0, rope_theta=500.0, **changes):
     rope = dict(rope_type="default", rope_theta=rope_theta)
     config = transformers.AutoConfig.for_model(family, **SHAPE | changes, rope_parameters=rope)
     return randomise(transformers.AutoModelForCausalLM.from_config(config), seed)
+
+
+def peft_model(hf, **options):
+    """Return PEFT's model on a copy of transformers', all of its own parameters random."""
+    from peft import LoraConfig, get_peft_model
+
+    options = dict(r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"]) | options
+    torch.manual_seed(2)
+    model = get_peft_model(copy.deepcopy(hf), LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = 0.3 * torch.randn_like(p)
+    return model
 
 
 def edit_json(path, drop=(), **changes):

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from conftest import edit_json, hf_model
+from conftest import edit_json, hf_model, peft_model
 from helpers import COMPLETIONS, PROMPTS, REWARDS, advantages_of, handmade, settings
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from grpo import update
@@ -43,17 +43,6 @@ def adapted(folder, rank=3, alpha=5, scale=0.2, **options):
     for name, p in lora_parameters(model).items():
         if "lora_B" in name:
             p.data = scale * torch.randn(p.shape, generator=rng)
-    return model
-
-
-def peft_model(hf, **options):
-    """PEFT's model on a copy of hf, all of its own parameters random."""
-    options = dict(r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"]) | options
-    torch.manual_seed(2)
-    model = get_peft_model(copy.deepcopy(hf), LoraConfig(task_type="CAUSAL_LM", **options)).eval()
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            p.data = 0.3 * torch.randn_like(p)
     return model
 
 

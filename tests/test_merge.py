@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import edit_json, hf_model, save_tokenizer
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import edit_json, hf_model, peft_model, save_tokenizer
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,13 +54,7 @@ def state(folder):
 
 def adapter_of(hf, folder, base="", **options):
     """PEFT's model on a copy of hf, its adapter random and saved in a folder."""
-    options = dict(r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"]) | options
-    torch.manual_seed(2)
-    model = get_peft_model(copy.deepcopy(hf), LoraConfig(task_type="CAUSAL_LM", **options)).eval()
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            p.data = 0.3 * torch.randn_like(p)
-    model.save_pretrained(folder)
+    peft_model(hf, **options).save_pretrained(folder)
     edit_json(folder / "adapter_config.json", base_model_name_or_path=str(base))
     return folder
 
