@@ -23,7 +23,7 @@ from bench.common import SHAPES, TEXT, adapted, config_of, settings, timed
 from data.problems import TINY, add_prompts, load_problems
 from hf.checkpoint import load_model, load_tokenizer, random_model
 from lora import adapter_off, lora_parameters
-from run.flags import DTYPES, check_device
+from run.flags import DTYPES, use_device
 from system.errors import Parser, run_cli
 
 
@@ -109,7 +109,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--updates-only", action="store_true", help="one rollout for all of them")
     args = parser.parse_args()
-    check_device(args.device)
+    use_device(args.device)
     model, tokenizer, problems = setting_up(args)
     cfg = settings(samples=args.samples, max_new_tokens=args.max_new_tokens)
     cfg.micro_batch_tokens = args.micro_batch_tokens

@@ -24,7 +24,7 @@ from bench.ours import half_right
 from data.problems import TINY, add_prompts, load_problems
 from hf.checkpoint import load_model, load_tokenizer, random_model
 from lora import add_lora, lora_parameters
-from run.flags import check_device
+from run.flags import use_device
 from run.metrics import measure
 from sample import generate
 from system.errors import Parser, run_cli
@@ -244,7 +244,7 @@ def main():
     args = parser.parse_args()
     if args.small:
         vars(args).update(SMALL)
-    check_device(args.device)
+    use_device(args.device)
     gpu = torch.cuda.get_device_name() if common.on_gpu(args.device) else "CPU"
     print("python bench/gpu.py", *sys.argv[1:])
     print(f"torch {torch.__version__}; {gpu}, {torch.get_num_threads()} threads\n")

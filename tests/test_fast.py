@@ -217,7 +217,7 @@ def test_replayed_steps_equal_plain_ones(monkeypatch):
     """Off a GPU, all but the capture itself: rows rounded up that write in others' caches, a count
     of columns that goes wrong, a token that a replay overwrites after it was noted."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
     monkeypatch.setattr(Decoder, "width", lambda self, n: min(-(-n // 4) * 4, 60))
     prompts = [[1, 2, 3], [4], [5, 0, 5, 1], [2, 4]]
     model = adapted(vocab_size=12)
