@@ -1,5 +1,6 @@
 """Whether a GPU computes what the CPU does: the first block of bench/gpu.py."""
 
+import contextlib
 import copy
 import math
 from dataclasses import replace
@@ -165,13 +166,12 @@ def nans_of_cudnn(device):
     for x in (q, k, v):
         x.requires_grad_()
     found = []
-    for backend in (None, SDPBackend.CUDNN_ATTENTION) if common.on_gpu(device) else (None,):
+    ways = [contextlib.nullcontext(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION)]
+    for way in ways if common.on_gpu(device) else ways[:1]:
         q.grad = None
-        if backend is None:
-            F.scaled_dot_product_attention(q, k, v, mask).sum().backward()
-        else:
-            with sdpa_kernel(backend):
-                F.scaled_dot_product_attention(q, k, v, mask).sum().backward()
+        with way:
+            y = F.scaled_dot_product_attention(q, k, v, mask)
+            y.backward(torch.randn_like(y))
         found.append(int((~q.grad.isfinite()).sum()))
     return found
 
@@ -193,13 +193,15 @@ def checks_of(device, shape, prompts):
         yield "bf16", f"NaN in the gradient of attention, {way}", nans, most
 
 
-def right(device, shape, prompts):
-    """A table of what must hold on the device; returns what does not."""
+def right(bench):
+    """A table of what must hold on the device; AssertionError names what does not."""
+    bench.model  # noqa: B018 - to load it chooses which kernels of attention may be used
     line("dtype", "check", "found", "at most", "holds")
     line(*["---"] * 5)
     broken = []
-    for dtype, what, found, most in checks_of(device, shape, prompts):
+    for dtype, what, found, most in checks_of(bench.device, bench.size.shape, bench.size.checked):
         line(dtype, what, f"{found:.3g}", f"{most:.3g}", "yes" if found <= most else "NO")
         if not found <= most:
             broken.append(f"{what} ({dtype})")
-    return broken
+    bench.found("checks that do not hold", len(broken), "; ".join(broken))
+    assert not broken, "; ".join(broken)

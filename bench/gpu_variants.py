@@ -150,14 +150,17 @@ VARIANTS = {
 ON_CPU = ("3-D", "two products")
 
 
-def attention_variants(device, shapes, heads=(16, 8), K=128):
-    """A table: microseconds a layer of a decoding step's attention, replayed; the layers together
-    are larger than the GPU's cache. shapes: (rows, columns); in brackets the bytes read in TB/s."""
+def attention_variants(bench):
+    """A table: microseconds a layer of a decoding step's attention, replayed, and in brackets the
+    TB/s at which it reads keys and values. They are those of layers that no cache of a GPU holds
+    together. Four-dimensional queries are (b, H_kv, H / H_kv, K), as the decoder has them."""
+    device, config = bench.device, bench.model.config
+    heads, K = (config.num_attention_heads, config.num_key_value_heads), config.head_dim
     names = [name for name in VARIANTS if on_gpu(device) or name in ON_CPU]
     line("rows", "columns", *names)
     line(*["---"] * (2 + len(names)))
     failed = {}
-    for b, S in shapes:
+    for b, S in bench.size.attention:
         size = 2 * b * S * heads[1] * K * 2
         layers = max(1, min(28, 2**28 // size)) if on_gpu(device) else 1
         cells = []
@@ -203,18 +206,10 @@ def sorted_filter(probs, top_p):
     return torch.zeros_like(probs).scatter(-1, ids, ordered)
 
 
-def top_filter(probs, top_p, k=1024):
-    """The nucleus where it lies within the k likeliest, as a limit of what a draw may take."""
-    ordered, ids = probs.topk(k, dim=-1)
-    masses = ordered.double()
-    before = masses.cumsum(-1) - masses
-    ordered = ordered.masked_fill(before >= top_p * probs.sum(-1, keepdim=True), 0)
-    return torch.zeros_like(probs).scatter(-1, ids, ordered)
-
-
 @torch.no_grad()
-def draw_variants(model, rows):
+def draw_variants(bench):
     """A table: microseconds of what follows a decoding step, and of other ways to do it."""
+    model, rows = bench.model, bench.size.drawn
     device, W = model.device, model.lm_head.weight
     line("what", *(f"{b} rows, us" for b in rows))
     line(*["---"] * (1 + len(rows)))
@@ -234,7 +229,7 @@ def draw_variants(model, rows):
             "log_softmax": partial(torch.log_softmax, logits, dim=-1),
             "top_p_filter": partial(sample.top_p_filter, probs, 0.95),
             "top_p by a full sort": partial(sorted_filter, probs, 0.95),
-            "top_p by topk(1024)": partial(top_filter, probs, 0.95),
+            "topk(1024)": partial(torch.topk, probs, 1024),
             "inverse_cdf": partial(sample.inverse_cdf, probs, u),
             "rms_norm, model.py's": partial(rms_norm, rounded, rounded[0], 1e-6),
             "rms_norm, one kernel": partial(F.rms_norm, rounded, W[0].shape, rounded[0], 1e-6),
