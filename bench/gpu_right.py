@@ -195,11 +195,11 @@ def checks_of(device, shape, prompts):
 
 def right(bench):
     """A table of what must hold on the device; AssertionError names what does not."""
-    bench.model  # noqa: B018 - to load it chooses which kernels of attention may be used
+    device = bench.model.device  # to load it chooses which kernels of attention may be used
     line("dtype", "check", "found", "at most", "holds")
     line(*["---"] * 5)
     broken = []
-    for dtype, what, found, most in checks_of(bench.device, bench.size.shape, bench.size.checked):
+    for dtype, what, found, most in checks_of(device, bench.size.shape, bench.size.checked):
         line(dtype, what, f"{found:.3g}", f"{most:.3g}", "yes" if found <= most else "NO")
         if not found <= most:
             broken.append(f"{what} ({dtype})")
