@@ -237,5 +237,10 @@ def middle(values):
     return number(statistics.median(values)), f"{number(min(values))} to {number(max(values))}"
 
 
+def one_line(error):
+    """What an exception says, cut to a line."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:250]
+
+
 def line(*cells):
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)

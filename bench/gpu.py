@@ -32,7 +32,7 @@ import grpo
 import sample
 import train
 from bench import common, gpu_variants
-from bench.common import TEXT, line, number, per_call, settings, timed
+from bench.common import TEXT, line, number, one_line, per_call, settings, timed
 from bench.gpu_right import right
 from bench.ours import half_right
 from eval_math import evaluate
@@ -376,9 +376,9 @@ def training(bench):
 
 
 BLOCKS = {  # name: (what it does, the seconds that it should take on a GPU)
-    "facts": (facts, 20),
+    "facts": (facts, 30),
     "right": (right, 30),
-    "profile": (decode_profile, 8),
+    "profile": (decode_profile, 15),
     "paper": (paper, 30),
     "update": (update_profile, 8),
     "ragged": (ragged, 20),
@@ -434,8 +434,7 @@ def run(bench, names):
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-3:]
             where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in last)
-            why = f"{type(error).__name__}: {error}".split("\n")[0]
-            print(f"FAILED: {name}: {why} (at {where})", flush=True)
+            print(f"FAILED: {name}: {one_line(error)} (at {where})", flush=True)
             well = False
     return well
 

@@ -145,8 +145,8 @@ def logp_errors(device, shape):
     config = replace(common.config_of(shape), num_hidden_layers=0)
     model = random_model(config, device, torch.bfloat16)
     model.lm_head.weight.normal_(std=4.5 / math.sqrt(config.hidden_size))
-    hidden = torch.randn(16, config.hidden_size, device=device)
-    u = torch.rand(16, device=device, dtype=torch.float64)
+    hidden = torch.randn(64, config.hidden_size, device=device)
+    u = torch.rand(64, device=device, dtype=torch.float64)
     with torch.no_grad():
         tokens, sampled = draw_next(model, hidden, u, 1.0, 1.0, 0)
         trained, _ = grpo.token_logps(model, hidden, tokens)
