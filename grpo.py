@@ -155,9 +155,9 @@ def pad_rows(prompts, group, targets, lengths, device):
     return ids.to(device), predicts.to(device), None
 
 
-def split_rows(rollout: Rollout, chosen, budget):
+def split_rows(rollout: Rollout, chosen, budget, device):
     """Cut the chosen rows (B,), by length, into micro-batches of at most `budget` tokens, or one
-    row; fast/packing.py's `micro_batches` finds the cheapest cut."""
+    row; fast/packing.py's `micro_batches` finds the cheapest cut for a device."""
     lengths = rollout.completions.lengths
     rows = [row for row in lengths.argsort().tolist() if chosen[row]]
     width = max(len(problem["prompt"]) for problem in rollout.problems) + int(lengths.max())
@@ -365,7 +365,9 @@ def update(model, optimizer, rollout: Rollout, advantages, cfg, compare=False):
     # 2. Rows of advantage 0 have no gradient, unless KL is penalised: they are only measured.
     has_gradient = (advantages != 0) | (cfg.kl_coef > 0)  # (B,)
     has_gradient &= optimizer is not None
-    for rows in processes.share(split(rollout, ~has_gradient, cfg.micro_batch_tokens)):
+    for rows in processes.share(
+        split(rollout, ~has_gradient, cfg.micro_batch_tokens, model.device)
+    ):
         with torch.no_grad():
             _, _, found = score(model, rollout, rows, needed, cfg)
         fill_in(signals, rows, found)
@@ -373,7 +375,9 @@ def update(model, optimizer, rollout: Rollout, advantages, cfg, compare=False):
     for epoch in range(cfg.epochs_per_rollout if has_gradient.any() else 0):
         # 3. One micro-batch at a time: score it, share its credit out, add its gradient.
         loss = torch.zeros(1)
-        for rows in processes.share(split(rollout, has_gradient, cfg.micro_batch_tokens)):
+        for rows in processes.share(
+            split(rollout, has_gradient, cfg.micro_batch_tokens, model.device)
+        ):
             batch, logps, found = score(model, rollout, rows, needed, cfg)
             here = replace(signals.rows(rows, batch.mask.shape[1], model.device), **found)
             if whole_step:

@@ -61,7 +61,7 @@ def adapted(model, rank=16, alpha=32.0):
     torch.manual_seed(0)
     for name, p in lora_parameters(model).items():
         if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.005)
+            p.data.copy_(0.005 * torch.randn(p.shape))  # drawn here, so the same on every device
     return model
 
 
@@ -235,6 +235,11 @@ def middle(values):
     if not values:
         return "", ""
     return number(statistics.median(values)), f"{number(min(values))} to {number(max(values))}"
+
+
+def one_line(error):
+    """What an exception says, cut to a line."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:250]
 
 
 def line(*cells):

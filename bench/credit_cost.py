@@ -32,7 +32,7 @@ def setting_up(args):
     torch.manual_seed(0)
     if args.shape:
         model = random_model(config_of(args.shape), args.device, DTYPES[args.dtype])
-        ids = torch.randint(0, 151936, (args.prompts, args.prompt_tokens)).tolist()
+        ids = torch.randint(0, model.config.vocab_size, (args.prompts, args.prompt_tokens)).tolist()
         problems = [dict(prompt=i, negative=[*i, *range(8)], answer="") for i in ids]
         tokenizer = TEXT
     else:

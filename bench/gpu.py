@@ -13,15 +13,15 @@ of all that was measured. Scoring is ARCA's base pass: an update with it minus o
 import contextlib
 import gc
 import io
-import json
 import math
 import signal
+import statistics
 import sys
 import tempfile
 import time
 import traceback
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,14 +32,15 @@ import grpo
 import sample
 import train
 from bench import common, gpu_variants
-from bench.common import TEXT, line, number, per_call, settings, timed
+from bench.common import TEXT, line, number, one_line, per_call, settings, timed
 from bench.gpu_right import right
 from bench.ours import half_right
 from eval_math import evaluate
 from fast.decoder import kept_decoder
 from lora import lora_parameters
-from run.flags import check_choice, use_device, load_base
+from run.flags import check_choice, load_base, use_device
 from system.errors import Parser, run_cli
+from system.files import read_rows
 
 MOST_SECONDS = 450
 FULL = dict(shape="1.7B", rank=64, prompts=8, samples=4, prompt_tokens=128, tokens=512)
@@ -76,11 +77,15 @@ class Bench:
 
     def table(self):
         """Print all that was found so far."""
-        print(f"\n{card(self.device)}, torch {torch.__version__}, {self.size.shape}, bf16:\n")
+        print(f"\n{self.card}, torch {torch.__version__}, {self.size.shape}, bf16:\n")
         line("what", "value", "note")
         line(*["---"] * 3)
         for row in self.rows:
             line(*row)
+
+    @cached_property
+    def card(self):
+        return torch.cuda.get_device_name() if common.on_gpu(self.device) else "CPU"
 
     @cached_property
     def model(self):
@@ -173,10 +178,6 @@ class Bench:
         return read_by_three - read_by_two
 
 
-def card(device):
-    return torch.cuda.get_device_name() if common.on_gpu(device) else "CPU"
-
-
 def peak(device):
     """GiB held at most since `forget_peak`."""
     return (common.held(device, "VmHWM") or 0) / 2**30
@@ -191,7 +192,7 @@ def percent(part, whole):
 
 def facts(bench):
     """Versions, limits, and which kernel PyTorch chooses for each of our calls of attention."""
-    bench.model  # noqa: B018 - loading chooses which kernels of attention may be used
+    model = bench.model  # to load it chooses which kernels of attention may be used
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     if common.on_gpu(bench.device):
         print(torch.cuda.get_device_properties(bench.device))
@@ -204,7 +205,7 @@ def facts(bench):
     calls = {}
     with gpu_variants.attention_calls(calls):
         cfg = bench.settings(max_new_tokens=8)
-        grpo.sample_rollout(bench.model, TEXT, bench.problems(2, 8), cfg, 1)
+        grpo.sample_rollout(model, TEXT, bench.problems(2, 8), cfg, 1)
         bench.update(bench.rollout([5, 8, 8, 3], 2))
     print(*calls.values(), sep="\n")
 
@@ -215,7 +216,6 @@ def decode_profile(bench):
     step = bench.pool(rows, columns)
     decode = per_call(lambda: step(draw=False), bench.device)
     draw = per_call(lambda: step(decode=False), bench.device)
-    print(f"{rows} rows, {columns} columns: {1e3 * decode:.2f} ms, draw {1e3 * draw:.2f} ms")
     bench.found("a decoding step, ms", 1e3 * decode, f"{rows} rows that hold {columns} tokens")
     bench.found("a draw, ms", 1e3 * draw, "top_p 0.95")
     gpu_variants.kernels(step, bench.device, bench.size.turns, 25)
@@ -229,9 +229,9 @@ def paper_rollout(bench):
     free()
     reserved = torch.cuda.memory_reserved() if common.on_gpu(device) else 0
     common.forget_peak(device)
-    draw = lambda: grpo.sample_rollout(model, TEXT, problems, cfg, 1)  # noqa: E731
-    first, _ = timed(draw, device)
-    seconds, _ = timed(draw, device)
+    work = partial(grpo.sample_rollout, model, TEXT, problems, cfg, 1)
+    first, _ = timed(work, device)
+    seconds, _ = timed(work, device)
     lengths = [size.tokens] * (size.prompts * size.samples)
     prompts = [size.prompt_tokens] * size.prompts
     flops, read = common.sampling_work(model, prompts, lengths, adapter=True)
@@ -244,9 +244,8 @@ def paper_rollout(bench):
     bench.found("peak of sampling, GiB", peak(device))
     if common.on_gpu(device):
         more = (torch.cuda.memory_reserved() - reserved) / 2**30
-        bench.found(
-            "graphs of sampling", len(model.kept_decoder.graphs), f"{more:.2f} GiB with cache"
-        )
+        graphs = len(model.kept_decoder.graphs)
+        bench.found("memory that sampling keeps, GiB", more, f"its cache and {graphs} graphs")
     return sum(lengths), seconds
 
 
@@ -289,29 +288,32 @@ def update_profile(bench):
 
 def ragged(bench):
     """Updates whose every shape is new, twice each: what a first time costs. Then the same with
-    cuDNN's attention as the project does not have it."""
+    cuDNN's attention switched on, or off if the project has it on."""
     size, cuda = bench.size, torch.backends.cuda
+    rng = torch.Generator().manual_seed(1)
+    many = (5, size.prompts * size.samples)
+    lengths = torch.randint(size.tokens // 4, size.tokens + 1, many, generator=rng).tolist()
     ours = cuda.cudnn_sdp_enabled()
-    torch.manual_seed(1)
-    for cudnn in (ours, not ours) if common.on_gpu(bench.device) else (ours,):
+    turns = {ours: lengths[:3]}
+    if common.on_gpu(bench.device):
+        turns[not ours] = lengths[3:]
+    for cudnn, drawn in turns.items():
         cuda.enable_cudnn_sdp(cudnn)
         try:
-            firsts, seconds = [], []
-            for _ in range(3 if cudnn == ours else 2):
-                drawn = torch.randint(size.tokens // 4, size.tokens, (size.prompts * size.samples,))
-                rollout = bench.rollout(drawn.tolist(), size.samples)
-                firsts.append(bench.update(rollout)[0])
-                seconds.append(bench.update(rollout)[0])
-            name = "update, ragged, s" if cudnn == ours else f"the same, cuDNN {cudnn}"
-            first = ", ".join(number(x) for x in firsts)
-            bench.found(name, seconds[-1], f"the first time {first}")
+            rollouts = [bench.rollout(x, size.samples) for x in drawn]
+            pairs = [(bench.update(x)[0], bench.update(x)[0]) for x in rollouts]
         finally:
             cuda.enable_cudnn_sdp(ours)
+        name = "update, ragged, s" + f", with cuDNN {cudnn}" * (cudnn != ours)
+        firsts = ", ".join(number(first) for first, _ in pairs)
+        bench.found(name, statistics.mean(again for _, again in pairs), f"first times {firsts}")
 
 
 def fits(bench):
-    """Peak of an update by the tokens of a micro-batch, and of long completions, a row at once."""
+    """Peak of an update by the tokens of a micro-batch, and of long completions, a row at once;
+    without the cache that the sampler keeps."""
     size = bench.size
+    bench.model.__dict__.pop("kept_decoder", None)
     shapes = [(budget, size.tokens) for budget in size.budgets] + [(1, size.long)]
     for budget, tokens in shapes:
         rows = size.prompts * size.samples if tokens == size.tokens else 2
@@ -351,33 +353,32 @@ def evaluation(bench):
 
 
 def training(bench):
-    """train.py itself in this process: two steps, of which the first compares all rules."""
-    bench.model  # noqa: B018 - writes config.json
-    out = bench.folder / "run"
-    flags = ["--model", str(bench.folder), "--random-init", "--preset", "paper", "--data", "tiny"]
-    flags += ["--device", bench.device, "--dtype", "bf16", "--out", str(out), "--steps", "2"]
-    flags += ["--eval-problems", "8", "--eval-samples", "0"]
-    flags += ["--max-new-tokens", str(bench.size.tokens), "--prompts", str(bench.size.prompts)]
-    flags += ["--rank", str(bench.size.rank)]
+    """train.py itself in this process: three steps, of which the second compares no rules. Its
+    random weights predict flatly, so a draw may take its slow way."""
+    bench.model.__dict__.pop("kept_decoder", None)  # whose config.json is read here
+    size, out = bench.size, bench.folder / "run"
+    flags = f"--preset paper --model {bench.folder} --random-init --data tiny --out {out} --steps 3"
+    flags += f" --device {bench.device} --dtype bf16 --eval-problems 8 --eval-samples 0"
+    flags += f" --max-new-tokens {size.tokens} --prompts {size.prompts} --rank {size.rank}"
     given = sys.argv
     try:
-        sys.argv = ["train.py", *flags]
+        sys.argv = ["train.py", *flags.split()]
         with contextlib.redirect_stdout(io.StringIO()):
             train.main()
     finally:
         sys.argv = given
-    for text in (out / "metrics.jsonl").read_text().splitlines():
-        metrics = json.loads(text)
-        rollout, update = (number(metrics[f"seconds_{part}"]) for part in ("rollout", "update"))
-        note = f"{number(metrics['tokens_per_second'])} tokens/s, skipped {metrics['skipped']}"
-        print(f"train.py: rollout {rollout} s, update {update} s, {note}", flush=True)
-    bench.found("train.py, tokens/s", metrics["tokens_per_second"], "its second step")
+    for metrics in read_rows(out / "metrics.jsonl"):
+        parts = [number(metrics[f"seconds_{part}"]) for part in ("rollout", "update")]
+        note = f"rollout {parts[0]} s, update {parts[1]} s, skipped {metrics['skipped']}"
+        bench.found(
+            f"train.py, step {metrics['step']}, tokens/s", metrics["tokens_per_second"], note
+        )
 
 
 BLOCKS = {  # name: (what it does, the seconds that it should take on a GPU)
-    "facts": (facts, 20),
+    "facts": (facts, 30),
     "right": (right, 30),
-    "profile": (decode_profile, 8),
+    "profile": (decode_profile, 15),
     "paper": (paper, 30),
     "update": (update_profile, 8),
     "ragged": (ragged, 20),
@@ -428,14 +429,13 @@ def run(bench, names):
             continue
         try:
             with at_most(min(left, 3 * seconds)):
+                free()
                 block(bench)
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-3:]
             where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in last)
-            why = f"{type(error).__name__}: {error}".split("\n")[0]
-            print(f"FAILED: {name}: {why} (at {where})", flush=True)
+            print(f"FAILED: {name}: {one_line(error)} (at {where})", flush=True)
             well = False
-        free()
     return well
 
 
@@ -449,10 +449,11 @@ def main():
     for name in names:
         check_choice("only", name, BLOCKS)
     use_device(args.device)
-    print("python bench/gpu.py", *sys.argv[1:])
-    print(f"torch {torch.__version__}; {card(args.device)}, {torch.get_num_threads()} threads")
+    size = SimpleNamespace(**SMALL if args.small else FULL)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(args.device, SimpleNamespace(**SMALL if args.small else FULL), Path(folder))
+        bench = Bench(args.device, size, Path(folder))
+        print("python bench/gpu.py", *sys.argv[1:])
+        print(f"{bench.card}, {torch.get_num_threads()} threads")
         well = run(bench, names)
     bench.table()
     print(f"\n{bench.seconds():.0f} s, {'all well' if well else 'NOT all well'}")

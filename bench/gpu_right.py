@@ -145,8 +145,8 @@ def logp_errors(device, shape):
     config = replace(common.config_of(shape), num_hidden_layers=0)
     model = random_model(config, device, torch.bfloat16)
     model.lm_head.weight.normal_(std=4.5 / math.sqrt(config.hidden_size))
-    hidden = torch.randn(16, config.hidden_size, device=device)
-    u = torch.rand(16, device=device, dtype=torch.float64)
+    hidden = torch.randn(64, config.hidden_size, device=device)
+    u = torch.rand(64, device=device, dtype=torch.float64)
     with torch.no_grad():
         tokens, sampled = draw_next(model, hidden, u, 1.0, 1.0, 0)
         trained, _ = grpo.token_logps(model, hidden, tokens)
@@ -195,11 +195,11 @@ def checks_of(device, shape, prompts):
 
 def right(bench):
     """A table of what must hold on the device; AssertionError names what does not."""
-    bench.model  # noqa: B018 - to load it chooses which kernels of attention may be used
+    device = bench.model.device  # to load it chooses which kernels of attention may be used
     line("dtype", "check", "found", "at most", "holds")
     line(*["---"] * 5)
     broken = []
-    for dtype, what, found, most in checks_of(bench.device, bench.size.shape, bench.size.checked):
+    for dtype, what, found, most in checks_of(device, bench.size.shape, bench.size.checked):
         line(dtype, what, f"{found:.3g}", f"{most:.3g}", "yes" if found <= most else "NO")
         if not found <= most:
             broken.append(f"{what} ({dtype})")

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import sample
-from bench.common import line, number, on_gpu, per_call, timed
+from bench.common import line, number, on_gpu, one_line, per_call, timed
 from model import rms_norm
 
 KINDS = {  # of kernels, by the first pattern that is in their names
@@ -126,6 +126,13 @@ def two_products(q, k, v, mask):
     return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).view(b, heads, n, K)
 
 
+def ours(q, k, v, mask):
+    """The decoder's own; its mask is of whole rows, in fp32."""
+    b, heads, n, K = q.shape
+    mask = mask[:, 0].float().repeat_interleave(heads, 0)  # (b H_kv, 1, S)
+    return attend(*(x.flatten(0, 1) for x in (q, k, v)), mask).view(b, heads, n, K)
+
+
 def split_flash(q, k, v, mask):
     """FlashAttention on a cache (b, S, H_kv, K), which splits a row's keys among multiprocessors
     and needs no mask, so no width; the layout of k and v is made in `attention_variants`."""
@@ -145,6 +152,7 @@ VARIANTS = {
     "4-D efficient": by(SDPBackend.EFFICIENT_ATTENTION),
     "4-D cuDNN": by(SDPBackend.CUDNN_ATTENTION),
     "two products": two_products,
+    "ours": ours,
     "split flash": split_flash,
 }
 ON_CPU = ("3-D", "two products")
@@ -165,15 +173,22 @@ def attention_variants(bench):
         layers = max(1, min(28, 2**28 // size)) if on_gpu(device) else 1
         cells = []
         for name in names:
-            try:
-                seconds = one_variant(VARIANTS[name], device, b, S, heads, K, layers)
-                cells.append(f"{1e6 * seconds:.0f} ({size / seconds / 1e12:.2f})")
-            except Exception as error:
-                cells.append("-")
-                failed.setdefault(name, f"{type(error).__name__}: {error}".split("\n")[0])
+            work = (VARIANTS[name], device, b, S, heads, K, layers)
+            seconds = tried(name, failed, one_variant, *work)
+            cells.append(f"{1e6 * seconds:.0f} ({size / seconds / 1e12:.2f})" if seconds else "-")
         line(b, S, *cells)
     for name, why in failed.items():
         print(f"- {name}: {why}", flush=True)
+
+
+def tried(name, failed, function, *args):
+    """What a call returns; if it fails None, and why goes to `failed` by name."""
+    try:
+        return function(*args)
+    except TimeoutError:
+        raise
+    except Exception as error:
+        failed.setdefault(name, one_line(error))
 
 
 def one_variant(variant, device, b, S, heads, K, layers):
@@ -234,10 +249,12 @@ def draw_variants(bench):
             "rms_norm, model.py's": partial(rms_norm, rounded, rounded[0], 1e-6),
             "rms_norm, one kernel": partial(F.rms_norm, rounded, W[0].shape, rounded[0], 1e-6),
         }
+    failed = {}
     for name in ways[rows[0]]:
-        if "out_dtype" not in name or on_gpu(device):
-            cells = [number(1e6 * per_call(ways[b][name], device)) for b in rows]
-            line(name, *cells)
+        seconds = [tried(name, failed, per_call, ways[b][name], device) for b in rows]
+        line(name, *("-" if x is None else number(1e6 * x) for x in seconds))
+    for name, why in failed.items():
+        print(f"- {name}: {why}", flush=True)
 
 
 def peaked_states(model, b):

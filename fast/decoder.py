@@ -207,9 +207,11 @@ class Decoder:
         cache.filled += 1
         S = self.width(cache.filled)
         unseen = torch.arange(S, device=at.device) > at[:, None]  # (b, S)
-        mask = torch.zeros(unseen.shape, device=at.device, dtype=self.place[1])
+        by_products = self.captures or self.place[1] == torch.float32
+        dtype = torch.float32 if by_products else self.place[1]
+        mask = torch.zeros(unseen.shape, device=at.device, dtype=dtype)
         mask = mask.masked_fill_(unseen, -torch.inf)[:, None]  # (b, 1, S)
-        if self.place[1] == torch.float32:
+        if by_products:
             mask = mask.repeat_interleave(H_kv, 0)  # (b H_kv, 1, S)
         heads = torch.arange(b * H_kv, device=at.device).view(b, H_kv)
         place = (heads * columns + at[:, None]).flatten()
@@ -230,7 +232,7 @@ class Decoder:
             values = values.view(-1, columns, K)[: b * H_kv, :S]
             # Query heads that share a key head are queries of one head: its keys are read once.
             q = qk[:, :H].reshape(b * H_kv, -1, K)
-            x = x + to_out(attend(q, keys, values, mask).view(b, -1))
+            x = x + to_out(attend(q, keys, values, mask).reshape(b, -1))
             gate, up = to_inner(normed(x, block.post_attention_layernorm)).chunk(2, dim=-1)
             x = x + to_down(F.silu(gate) * up)
         return self.model.model.norm(x.float())
@@ -242,10 +244,15 @@ def normed(x, norm):
 
 def attend(q, k, v, mask):
     """Attend from a few queries (b H_kv, n, K) of each key head to k and v (b H_kv, S, K). The mask
-    is added: (b H_kv, 1, S), or where scores must not be rounded (b, 1, S)."""
+    is added: (b H_kv, 1, S), fp32, for two products, else (b, 1, S). No score is rounded to 16 bits.
+    """
+    scale = q.shape[-1] ** -0.5
     if q.dtype == torch.float32:
-        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)  # (.., n, S)
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)  # (b H_kv, n, S)
         return torch.bmm(scores.softmax(dim=-1), v)
+    if q.is_cuda:
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), torch.float32, alpha=scale)
+        return torch.bmm(scores.softmax(dim=-1).to(v.dtype), v)
     b = len(mask)
     q, k, v = (x.unflatten(0, (b, -1)) for x in (q, k, v))  # fast kernels want (b, H_kv, .., K)
     return F.scaled_dot_product_attention(q, k, v, mask[:, None]).flatten(0, 1)
