@@ -13,6 +13,7 @@ first: it is the whole method, in order.
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -365,9 +366,8 @@ def update(model, optimizer, rollout: Rollout, advantages, cfg, compare=False):
     # 2. Rows of advantage 0 have no gradient, unless KL is penalised: they are only measured.
     has_gradient = (advantages != 0) | (cfg.kl_coef > 0)  # (B,)
     has_gradient &= optimizer is not None
-    for rows in processes.share(
-        split(rollout, ~has_gradient, cfg.micro_batch_tokens, model.device)
-    ):
+    cut = partial(split, rollout, budget=cfg.micro_batch_tokens, device=model.device)
+    for rows in processes.share(cut(~has_gradient)):
         with torch.no_grad():
             _, _, found = score(model, rollout, rows, needed, cfg)
         fill_in(signals, rows, found)
@@ -375,9 +375,7 @@ def update(model, optimizer, rollout: Rollout, advantages, cfg, compare=False):
     for epoch in range(cfg.epochs_per_rollout if has_gradient.any() else 0):
         # 3. One micro-batch at a time: score it, share its credit out, add its gradient.
         loss = torch.zeros(1)
-        for rows in processes.share(
-            split(rollout, has_gradient, cfg.micro_batch_tokens, model.device)
-        ):
+        for rows in processes.share(cut(has_gradient)):
             batch, logps, found = score(model, rollout, rows, needed, cfg)
             here = replace(signals.rows(rows, batch.mask.shape[1], model.device), **found)
             if whole_step:

@@ -45,7 +45,7 @@ def authors_update(model, rollout, advantages, cfg):
     """ARCA's update as its authors' code does it: three forward passes, and full logits."""
     completions = rollout.completions
     all_rows = torch.ones(len(advantages), dtype=torch.bool)
-    for rows in grpo.split(rollout, all_rows, cfg.micro_batch_tokens):
+    for rows in grpo.split(rollout, all_rows, cfg.micro_batch_tokens, model.device):
         # 1) Prompts and completions, right-padded, and the places that predict their tokens.
         batch = grpo.make_batch(rollout, rows, model.device)
         T = batch.mask.shape[1]

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import sample
 from bench.common import line, number, on_gpu, one_line, per_call, timed
+from fast.decoder import attend
 from model import rms_norm
 
 KINDS = {  # of kernels, by the first pattern that is in their names

@@ -244,8 +244,7 @@ def normed(x, norm):
 
 def attend(q, k, v, mask):
     """Attend from a few queries (b H_kv, n, K) of each key head to k and v (b H_kv, S, K). The mask
-    is added: (b H_kv, 1, S), fp32, for two products, else (b, 1, S). No score is rounded to 16 bits.
-    """
+    is added: (b H_kv, 1, S), fp32, for two products, else (b, 1, S). Scores are not rounded."""
     scale = q.shape[-1] ** -0.5
     if q.dtype == torch.float32:
         scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)  # (b H_kv, n, S)
