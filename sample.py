@@ -112,12 +112,8 @@ def inverse_cdf(probs, u):
 def sample_token(logps, u, top_p=1.0, top_k=0):
     """Draw a token a row: log-probs (B, V), u (B,) in [0, 1) -> tokens (B,)."""
     probs = logps.exp()
-    if fast and top_p < 1 and top_k <= 0:  # the same token, without a sort of the vocabulary
-        mass = probs.sum(-1, keepdim=True, dtype=torch.float64)
-        ids = fast.draw.nucleus_ids(probs, top_p * mass)  # (B, a few), increasing, or None
-        if ids is not None:
-            nucleus = top_p_filter(probs.gather(1, ids), top_p, mass=mass)
-            return ids.gather(1, inverse_cdf(nucleus, u)[:, None])[:, 0]
+    if fast and probs.shape[1] >= 2 * fast.draw.FEW:
+        return fast.draw.draw(probs, u, top_p, top_k, top_p_filter, inverse_cdf)
     return inverse_cdf(top_p_filter(probs, top_p, top_k), u)
 
 

@@ -95,7 +95,7 @@ class Bench:
         flags = dict(model=str(self.folder), revision="", device=self.device, dtype="bf16")
         model, _ = load_base(SimpleNamespace(**flags, random_init=True, chat=False))
         W = model.lm_head.weight
-        model.model.norm.weight.data.fill_(4.5 / (float(W.std()) * math.sqrt(W.shape[1])))
+        model.model.norm.weight.data.fill_(7 / (float(W.std()) * math.sqrt(W.shape[1])))
         return common.adapted(model, self.size.rank, 2.0 * self.size.rank)
 
     @cached_property
