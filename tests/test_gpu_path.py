@@ -31,17 +31,27 @@ CUDA = torch.device("cuda:0")
 
 
 def parity(ids):
-    """Tell of ids only how many they are: half of the completions are right."""
-    return rf"\boxed{{{len(ids) % 2}}}"
+    """Tell of ids only whether their sum is odd: half of the completions are right."""
+    return rf"\boxed{{{sum(ids) % 2}}}"
 
 
 TOKENIZER = SimpleNamespace(eos_ids=[EOS], decode=parity)
 PROBLEMS = [dict(problem=str(p), answer="1", prompt=p, negative=p[:1] + p) for p in PROMPTS]
 
 
-def policy(**options):
-    """A policy with room for texts of unequal lengths."""
-    return tiny_policy(**dict(B=0.1) | options)
+def policy(layers=2):
+    """A policy whose texts are of unequal lengths."""
+    model = tiny_policy(B=0.1)
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    return model
+
+
+def in_bf16(model):
+    """Round the frozen weights of a model to bf16."""
+    for p in model.parameters():
+        p.data = p.data if p.requires_grad else p.data.bfloat16()
+    return model
 
 
 @pytest.fixture
@@ -129,28 +139,28 @@ def test_sampling_on_the_device(gpu, monkeypatch, make_decoder):
     graph that replays something else: rows rounded up that write in others' caches, a constant that
     was a variable, a token that a replay overwrites after it was noted."""
     monkeypatch.setattr(sample, "make_decoder", make_decoder)
-    model = policy()
+    model = policy(layers=1)
     want = sampled(model)
     there = gpu.copy(model)
     assert_same(sampled(there), want)
     if make_decoder is not PlainDecoder:
-        before = len(gpu.graphs)
-        assert_same(sampled(there), want)
-        assert before == len(gpu.graphs) > 2  # the second time all are there
+        assert_same(sampled(there), want)  # now mostly by replays
+        assert len(gpu.graphs) > 2
 
 
 def trained(model, patch):
-    """Sample a rollout and train on it by each rule and option; return what can be compared."""
-    cfg = settings(credit="arca", micro_batch_tokens=30, max_new_tokens=9)
+    """Sample a rollout and train on it by each rule and option; return what can be compared. (On
+    the host by one rule: that all are right is shown elsewhere.)"""
+    cfg = settings(credit="eapo", max_new_tokens=6)  # for which all is kept
     rollout = sample_rollout(model, TOKENIZER, PROBLEMS, cfg, 1, compare=True)
     advantages = group_advantages(rollout.rewards).flatten()
     found = dict(tokens=rollout.completions.tokens, rewards=rollout.rewards)
-    for name in METHODS:
-        own = settings(credit=name, micro_batch_tokens=30)
+    for name in METHODS if model.device.type == "cuda" else ["arca"]:
+        own = settings(credit=name)
         found[name], metrics, _ = gradient(model, rollout, advantages, own, name == "arca")
         found |= {f"{name} {key}": torch.tensor(value) for key, value in metrics.items()}
     # KL, several updates, a head in chunks, activations made again, plain rows.
-    cfg.kl_coef, cfg.epochs_per_rollout, cfg.max_new_tokens = 0.1, 2, 9
+    cfg = settings(credit="arca", kl_coef=0.1, epochs_per_rollout=2, micro_batch_tokens=40)
     model.gradient_checkpointing = True
     patch.setattr(grpo, "MAX_LOGITS", 4 * model.config.vocab_size)
     patch.setattr(grpo, "lay_out", pad_rows)
@@ -162,7 +172,7 @@ def trained(model, patch):
 
 def test_training_on_the_device(gpu, monkeypatch):
     """A signal, a mask or a multiplier that is on the wrong side, in any rule."""
-    model = policy()
+    model = policy(layers=1)
     runs = []
     for policy_there in (model, gpu.copy(model)):
         with monkeypatch.context() as patch:
@@ -176,9 +186,7 @@ def test_training_on_the_device(gpu, monkeypatch):
 
 def test_evaluation_on_the_device(gpu):
     """An evaluation, greedy and pass@k, in bf16, as on a GPU; and the rows that a run keeps."""
-    model = gpu.copy(policy().bfloat16())
-    for p in lora_parameters(model).values():
-        p.data = p.data.float()
+    model = gpu.copy(in_bf16(policy(layers=1)))
     cfg = settings(credit="arca", max_new_tokens=9, micro_batch_tokens=30)
     result, rows = evaluate(model, TOKENIZER, PROMPTS, ["1", "1"], 2, 9, 1.0, 0.9, 1)
     assert len(rows) == 6 and 0 <= result["pass@2"] <= 1
@@ -226,7 +234,9 @@ def test_a_captured_step_touches_only_what_lasts(gpu, dtype):
     """A graph that reads a tensor which is freed after the capture, or writes one that the host
     changes too: every replay would be garbage. And (in bf16, where the model is large) something
     large that is made in a step, such as a copy of the keys: half of the sampling time was that."""
-    decoder, graph = captured(gpu, gpu.copy(policy().to(dtype)))
+    decoder, graph = captured(
+        gpu, gpu.copy(policy() if dtype == torch.float32 else in_bf16(policy()))
+    )
     cache = decoder.cache
     assert set(graph.written) == {memory(x) for x in (cache.k, cache.v, cache.lengths)}
     foreign = set(graph.read) - held_by(decoder, decoder.model)
@@ -323,7 +333,10 @@ def test_the_model_is_on_the_device_that_captures(gpu, monkeypatch, name):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(was_on)
-    assert (model.device, model.lm_head.weight.dtype) == (torch.device("cuda", index), torch.bfloat16)
+    assert (model.device, model.lm_head.weight.dtype) == (
+        torch.device("cuda", index),
+        torch.bfloat16,
+    )
     generate(model, [[1, 2]], 2, 5)
     assert gpu.graphs
 
@@ -347,7 +360,7 @@ def test_log_probs_of_a_bf16_model(gpu, device):
         return torch.log_softmax(logits, -1).gather(-1, c.tokens[..., None])[..., 0]
 
     assert (c.logps - log_probs(c.hidden)).abs().mean() < 0.01
-    hidden = c.hidden.to(device).requires_grad_()
+    hidden = c.hidden.to(device).detach().requires_grad_()
     logps, _ = token_logps(model, hidden.flatten(0, 1), c.tokens.flatten().to(device))
     assert (logps.cpu() - log_probs(c.hidden).flatten()).abs().mean() < 0.01
     logps.sum().backward()

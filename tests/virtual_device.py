@@ -179,10 +179,10 @@ class VirtualGPU(TorchDispatchMode):
         return model
 
     def set_device(self, device):
-        device = torch.device(device)
-        if device.index is None:
-            raise ValueError(f"a device with an index is expected, not {device}")
-        self.current = device.index
+        index = device if isinstance(device, int) else torch.device(device).index
+        if index is None:
+            raise ValueError(f"PyTorch expects a device with an index, not {device}")
+        self.current = index
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
