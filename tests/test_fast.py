@@ -1,8 +1,8 @@
 """fast/ against its plain twins in sample.py and grpo.py, which it must equal to rounding.
 
-tests/test_grpo.py and tests/test_sample.py run their checks with both, tests/test_gpu_path.py what a
-GPU captures; here is what only fast/ has, and one run of train.py in a process that cannot import
-it.
+tests/test_grpo.py and tests/test_sample.py run their checks with both, tests/test_gpu_path.py has
+the step that a GPU captures; here is what else only fast/ has, and one run of train.py in a process
+that cannot import it.
 """
 
 import itertools

@@ -234,10 +234,11 @@ def test_a_captured_step_touches_only_what_lasts(gpu, dtype):
     """A graph that reads a tensor which is freed after the capture, or writes one that the host
     changes too: every replay would be garbage. And (in bf16, where the model is large) something
     large that is made in a step, such as a copy of the keys: half of the sampling time was that."""
-    decoder, graph = captured(
-        gpu, gpu.copy(policy() if dtype == torch.float32 else in_bf16(policy()))
-    )
+    model = policy()
+    model = in_bf16(model) if dtype == torch.bfloat16 else model
+    decoder, graph = captured(gpu, gpu.copy(model))
     cache = decoder.cache
+    assert cache.k.shape[3] % 8 == 0  # or the mask of the last columns is copied in every layer
     assert set(graph.written) == {memory(x) for x in (cache.k, cache.v, cache.lengths)}
     foreign = set(graph.read) - held_by(decoder, decoder.model)
     assert not [graph.read[key].shape for key in foreign]
@@ -292,7 +293,8 @@ def test_replays_with_other_inputs(gpu):
     count = len(gpu.graphs)
     assert follow([4, 3, 2, 0, 1], [255, 1, 30, 2, 240], 12) < bound
     assert follow([2, 1, 0], [4, 5, 6], 3) < bound
-    assert 2 < count and len(gpu.graphs) <= 3 * 2  # rows 2, 4, 8; columns 256, 300
+    assert count > 2
+    assert len(gpu.graphs) <= 3 * 2  # rows 2, 4, 8; two widths
     assert {id(graph.pool) for graph in gpu.graphs} == {id(decoder.pool)}
 
 
@@ -333,10 +335,8 @@ def test_the_model_is_on_the_device_that_captures(gpu, monkeypatch, name):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(was_on)
-    assert (model.device, model.lm_head.weight.dtype) == (
-        torch.device("cuda", index),
-        torch.bfloat16,
-    )
+    assert model.device == torch.device("cuda", index)
+    assert model.lm_head.weight.dtype == torch.bfloat16
     generate(model, [[1, 2]], 2, 5)
     assert gpu.graphs
 
