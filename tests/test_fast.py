@@ -1,7 +1,8 @@
 """fast/ against its plain twins in sample.py and grpo.py, which it must equal to rounding.
 
-tests/test_grpo.py and tests/test_sample.py run their checks with both; here is what only fast/ has,
-and one run of train.py in a process that cannot import it.
+tests/test_grpo.py and tests/test_sample.py run their checks with both, tests/test_gpu_path.py has
+the step that a GPU captures; here is what else only fast/ has, and one run of train.py in a process
+that cannot import it.
 """
 
 import itertools
@@ -188,47 +189,6 @@ def test_completions_do_not_depend_on_the_decoder(monkeypatch, merges, temperatu
         found.append(generate(model, prompts, temperature=temperature, top_p=top_p, **HOW))
     assert len(set(found[0].lengths.tolist())) > 1 or temperature == 0
     assert_same_completions(*found)
-
-
-class Tape:
-    """What a CUDA graph does, on the CPU: capturing runs nothing, and replaying does it all again
-    on the tensors that were there then."""
-
-    decoder = None  # of the one test that uses it
-
-    def replay(self):
-        filled = self.decoder.cache.filled
-        key = next(k for k, held in self.decoder.graphs.items() if held and held[0] is self)
-        _, into, states = self.decoder.graphs[key]
-        states.copy_(self.decoder.compute(into))
-        self.decoder.cache.filled = filled
-
-    def __enter__(self):
-        cache = self.decoder.cache
-        self.before = [x.clone() for x in (cache.k, cache.v, cache.lengths)]
-
-    def __exit__(self, *_):
-        cache = self.decoder.cache
-        for x, before in zip((cache.k, cache.v, cache.lengths), self.before, strict=True):
-            x.copy_(before)
-
-
-def test_replayed_steps_equal_plain_ones(monkeypatch):
-    """Off a GPU, all but the capture itself: rows rounded up that write in others' caches, a count
-    of columns that goes wrong, a token that a replay overwrites after it was noted."""
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
-    monkeypatch.setattr(Decoder, "width", lambda self, n: min(-(-n // 4) * 4, 60))
-    prompts = [[1, 2, 3], [4], [5, 0, 5, 1], [2, 4]]
-    model = adapted(vocab_size=12)
-    want = generate(model, prompts, **HOW)
-    Tape.decoder = model.kept_decoder = Decoder(model, 7, 60)
-    Tape.decoder.captures = True
-    for _ in range(2):  # the second time all graphs are there
-        assert_same_completions(generate(model, prompts, **HOW), want)
-        assert model.kept_decoder is Tape.decoder
-    assert len(Tape.decoder.graphs) > 8
-    assert all(Tape.decoder.graphs.values())
 
 
 # ---- Packed micro-batches ------------------------------------------------------------------------
