@@ -232,7 +232,7 @@ def test_a_greedy_sweep_has_no_pass_at_4(tmp_path):
     assert not any(run.measured for run in runs)
     rights = [json.dumps(dict(sample=None, verdict=right)) + "\n" for right in (True, False)]
     (tmp_path / "answers.jsonl").write_text("".join(rights))
-    about, found = small()
+    found = small()[1]
     found[-1]["greedy"], found[-1]["right"] = rows.outcomes(tmp_path / "answers.jsonl")
     assert (found[-1]["greedy"], found[-1]["right"]) == ("10", "")
     assert tables.estimate(found[-1:], ("arca", 16, 2.0), "pass") is None
