@@ -33,6 +33,7 @@ except ModuleNotFoundError:
 
 MAX_LOGITS = 2**25  # logits in memory at a time: 128 MiB in fp32,
 MAX_LOGITS_GPU = 2**28  # and 1 GiB
+MAX_KEPT = 2**30  # numbers of `hidden` that are kept only to compare rules: 4 GiB
 ADVANTAGES = ("grpo", "rloo", "centered")
 
 
@@ -62,7 +63,11 @@ def sample_rollout(model, tokenizer, problems, cfg, step, compare=False) -> Roll
     prompts = [problem["prompt"] for problem in problems]
     needed = needed_signals(cfg, compare)
     # A rule that must see the whole step reads what the sampler saw, since no pass sees all of it.
-    from_sampler = {"hidden", "entropy"} if credit.METHODS[cfg.credit].whole_step else {"hidden"}
+    rule = credit.METHODS[cfg.credit]
+    from_sampler = {"hidden", "entropy"} if rule.whole_step else {"hidden"}
+    size = P * G * cfg.max_new_tokens * model.config.hidden_size
+    if size > MAX_KEPT and "hidden" not in rule.reads:
+        from_sampler -= {"hidden"}  # then the rules that read it are not compared
 
     # 1) Sample. Each process writes the completions of its share of the prompts.
     mine = processes.share(range(P))
