@@ -142,22 +142,30 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class HeadInFp32(torch.autograd.Function):
-    """The product of 16-bit states (N, D) and a frozen head (V, D), with its sums left in fp32:
-    rounded to bf16 they put a log-prob off by 0.02, which is more than a young adapter moves it."""
+class WideProduct(torch.autograd.Function):
+    """The product of 16-bit states (N, D) and a frozen 16-bit weight (V, D), its sums left in fp32.
+    Logits rounded to bf16 put a log-prob off by 0.02, which is more than a young adapter moves it.
+    """
+
+    PART = 2**19  # numbers of a weight that a CPU makes fp32 at a time, and its cache holds
 
     @staticmethod
-    def forward(ctx, rows, weight):
+    def forward(ctx, x, weight):
         ctx.save_for_backward(weight)
-        if rows.is_cuda:
-            return torch.mm(rows, weight.T, out_dtype=torch.float32)
-        parts = [rows.float() @ part.float().T for part in weight.split(1024)]  # stay in its cache
-        return torch.cat(parts, dim=1)
+        if x.is_cuda:
+            return torch.mm(x, weight.T, out_dtype=torch.float32)
+        x = x.float()
+        parts = weight.split(WideProduct.PART // x.shape[1] + 1)
+        return torch.cat([x @ part.float().T for part in parts], dim=1)
 
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        return grad.to(weight.dtype) @ weight, None
+        if grad.is_cuda:
+            return grad.to(weight.dtype) @ weight, None
+        rows = WideProduct.PART // weight.shape[1] + 1
+        pairs = zip(grad.split(rows, dim=1), weight.split(rows), strict=True)
+        return sum(g @ part.float() for g, part in pairs).to(weight.dtype), None
 
 
 class Qwen3(nn.Module):
@@ -211,7 +219,7 @@ class Qwen3(nn.Module):
         if weight.dtype not in (torch.bfloat16, torch.float16):
             return self.lm_head(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1]).to(weight.dtype)  # (N, D)
-        return HeadInFp32.apply(rows, weight).view(*hidden.shape[:-1], -1)
+        return WideProduct.apply(rows, weight).view(*hidden.shape[:-1], -1)
 
 
 # ---- The KV cache --------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import gc
 import torch
 import torch.nn.functional as F
 
+from fast.linear import linear
 from lora import LoRALinear
 from model import KVCache, rms_norm, rotary, rotate
 
@@ -91,8 +92,8 @@ class Stack:
 
     def __call__(self, x):
         if self.scale is None:
-            return F.linear(x, self.weight[: self.outputs], self.bias)
-        both = x @ self.weight.T  # (b, outputs + ranks): W x and A x in one product
+            return linear(x, self.weight[: self.outputs], self.bias)
+        both = linear(x, self.weight)  # (b, outputs + ranks): W x and A x in one product
         y, low = both[:, : self.outputs], both[:, self.outputs :]
         y = y if self.bias is None else y.add_(self.bias)
         return y.addmm_(low, self.B, alpha=self.scale)

@@ -15,6 +15,11 @@ from run.checkpoints import resumed_settings
 from system.errors import Parser, UserError, check_numbers, flag_name
 from system.files import read_json
 
+try:
+    import fast.linear as fast
+except ModuleNotFoundError:
+    fast = None  # one can delete fast/: it gives the same numbers in less time
+
 DTYPES = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
 FLAGS = {  # name: (default, help)
     "model": (str(TINY), "a checkpoint folder or a Hub id"), "revision": ("", "of the Hub id"),
@@ -100,6 +105,8 @@ def load_base(cfg):
         tokenizer = checkpoint.load_tokenizer(folder)
         model = checkpoint.load_model(folder, device, dtype)
     check_fit(tokenizer, model, cfg.model)
+    if fast:
+        fast.hasten(model)
     if cfg.chat and tokenizer.file.token_to_id("<|im_start|>") is None:
         raise UserError("--chat: this tokenizer has no <|im_start|>, so the model knows no ChatML")
     if getattr(cfg, "adapter", ""):
