@@ -262,6 +262,12 @@ METHODS = {
 }
 
 
+def rules_for(signals) -> list[str]:
+    """Return the names of the rules all of whose signals are known."""
+    known = {name for name, x in vars(signals).items() if x is not None}
+    return [name for name, rule in METHODS.items() if known.issuperset(rule.reads)]
+
+
 def token_weights(method, signals: Signals, sharpening=1.0):
     """Return a rule's multipliers of the advantage (B, T), fp32, without gradient, 0 on padding.
     (They are the m_t, not the weights w_t = m_t / T.) ValueError if there is no such rule."""

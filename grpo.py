@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 import credit
 from eval_math import verify
@@ -32,7 +31,9 @@ try:
 except ModuleNotFoundError:
     fast = None  # one can delete fast/: it gives the same numbers in less time
 
-MAX_LOGITS = 2**25  # logits in memory at a time: 128 MiB in fp32
+MAX_LOGITS = 2**25  # logits in memory at a time: 128 MiB in fp32,
+MAX_LOGITS_GPU = 2**28  # and 1 GiB
+MAX_KEPT = 2**30  # numbers of `hidden` that are kept only to compare rules: 4 GiB
 ADVANTAGES = ("grpo", "rloo", "centered")
 
 
@@ -62,7 +63,11 @@ def sample_rollout(model, tokenizer, problems, cfg, step, compare=False) -> Roll
     prompts = [problem["prompt"] for problem in problems]
     needed = needed_signals(cfg, compare)
     # A rule that must see the whole step reads what the sampler saw, since no pass sees all of it.
-    from_sampler = {"hidden", "entropy"} if credit.METHODS[cfg.credit].whole_step else {"hidden"}
+    rule = credit.METHODS[cfg.credit]
+    from_sampler = {"hidden", "entropy"} if rule.whole_step else {"hidden"}
+    size = P * G * cfg.max_new_tokens * model.config.hidden_size
+    if size > MAX_KEPT and "hidden" not in rule.reads:
+        from_sampler -= {"hidden"}  # then the rules that read it are not compared
 
     # 1) Sample. Each process writes the completions of its share of the prompts.
     mine = processes.share(range(P))
@@ -156,9 +161,9 @@ def pad_rows(prompts, group, targets, lengths, device):
     return ids.to(device), predicts.to(device), None
 
 
-def split_rows(rollout: Rollout, chosen, budget):
+def split_rows(rollout: Rollout, chosen, budget, device):
     """Cut the chosen rows (B,), by length, into micro-batches of at most `budget` tokens, or one
-    row; fast/packing.py's `micro_batches` finds the cheapest cut."""
+    row; fast/packing.py's `micro_batches` finds the cheapest cut for a device."""
     lengths = rollout.completions.lengths
     rows = [row for row in lengths.argsort().tolist() if chosen[row]]
     width = max(len(problem["prompt"]) for problem in rollout.problems) + int(lengths.max())
@@ -170,27 +175,54 @@ lay_out, split = (fast.pack, fast.micro_batches) if fast else (pad_rows, split_r
 
 
 # ---- Signals of a micro-batch --------------------------------------------------------------------
+def head(model, hidden, targets, temperature):
+    """Return log pi(target) (n,), and log pi of all tokens (n, V), at states hidden (n, D)."""
+    logits = model.logits(hidden)  # (n, V)
+    if temperature != 1:
+        logits = logits / temperature
+    logps = torch.log_softmax(logits, dim=-1)
+    return logps.gather(-1, targets[:, None])[:, 0], logps
+
+
+class Recomputed(torch.autograd.Function):
+    """The log-probs and entropies of `head`. For the backward pass autograd would keep (n, V)
+    numbers; here they are made again in it."""
+
+    @staticmethod
+    def forward(ctx, hidden, targets, model, temperature):
+        ctx.save_for_backward(hidden, targets)
+        ctx.how = (model, temperature)
+        logps, all_logps = head(model, hidden, targets, temperature)
+        return logps, entropy(all_logps)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, targets = ctx.saved_tensors
+        model, temperature = ctx.how
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_()
+            logps, _ = head(model, hidden, targets, temperature)
+        (at_hidden,) = torch.autograd.grad(logps, hidden, grad)
+        return at_hidden, None, None, None
+
+
 def token_logps(model, hidden, targets, temperature=1.0, chunk=None):
     """Return log pi(target) (N,) and the entropy of pi (N,), fp32 nats, at states hidden (N, D).
 
     The head runs on a chunk of tokens at a time; of several, the (chunk, V) logits are made again
-    in the backward pass instead of kept. (A loop over chunks without the checkpoint keeps every
-    chunk's logits for backward, and saves nothing.) The entropy carries no gradient.
+    in the backward pass instead of kept. (A loop over chunks that autograd sees keeps every chunk's
+    logits, and saves nothing.) The entropy carries no gradient.
     """
-
-    def head(h, y):
-        logits = model.logits(h).float() / temperature  # (chunk, V)
-        logps = torch.log_softmax(logits, dim=-1)
-        with torch.no_grad():
-            uncertainty = entropy(logps)
-        return logps.gather(-1, y[:, None])[:, 0], uncertainty
-
-    chunk = chunk or max(1, MAX_LOGITS // model.config.vocab_size)
-    run = head if len(targets) <= chunk else partial(checkpoint, head, use_reentrant=False)
+    if chunk is None:
+        most = MAX_LOGITS_GPU if hidden.is_cuda else MAX_LOGITS
+        chunk = max(1, most // model.config.vocab_size)
+    if len(targets) <= chunk:
+        logps, all_logps = head(model, hidden, targets, temperature)
+        return logps, entropy(all_logps.detach())
     pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    parts = [run(h, y) for h, y in pairs]
+    parts = [Recomputed.apply(h, y, model, temperature) for h, y in pairs]
     logps, entropies = zip(*parts, strict=True)
-    return torch.cat(logps), torch.cat(entropies)
+    return torch.cat(logps), torch.cat(entropies).detach()
 
 
 def hidden_at_targets(model, batch: Batch):
@@ -339,7 +371,8 @@ def update(model, optimizer, rollout: Rollout, advantages, cfg, compare=False):
     # 2. Rows of advantage 0 have no gradient, unless KL is penalised: they are only measured.
     has_gradient = (advantages != 0) | (cfg.kl_coef > 0)  # (B,)
     has_gradient &= optimizer is not None
-    for rows in processes.share(split(rollout, ~has_gradient, cfg.micro_batch_tokens)):
+    cut = partial(split, rollout, budget=cfg.micro_batch_tokens, device=model.device)
+    for rows in processes.share(cut(~has_gradient)):
         with torch.no_grad():
             _, _, found = score(model, rollout, rows, needed, cfg)
         fill_in(signals, rows, found)
@@ -347,7 +380,7 @@ def update(model, optimizer, rollout: Rollout, advantages, cfg, compare=False):
     for epoch in range(cfg.epochs_per_rollout if has_gradient.any() else 0):
         # 3. One micro-batch at a time: score it, share its credit out, add its gradient.
         loss = torch.zeros(1)
-        for rows in processes.share(split(rollout, has_gradient, cfg.micro_batch_tokens)):
+        for rows in processes.share(cut(has_gradient)):
             batch, logps, found = score(model, rollout, rows, needed, cfg)
             here = replace(signals.rows(rows, batch.mask.shape[1], model.device), **found)
             if whole_step:

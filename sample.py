@@ -13,6 +13,7 @@ differently, in fp32 by about 1e-6, and a token changes if its uniform falls in 
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 
 if __name__ == "__main__":
     from system.errors import before_imports
@@ -30,11 +31,12 @@ from run.flags import SAMPLE_FLAGS, add_flags, load_base
 from system.errors import Parser, UserError, printable, run_cli
 
 try:
-    import fast.decoder as fast
+    import fast.decoder
+    import fast.draw
 except ModuleNotFoundError:
     fast = None  # one can delete fast/: it gives the same numbers in less time
 
-MAX_CACHE = 2**31  # numbers in the KV cache: 4 GiB in bf16
+MAX_CACHE = 2**32  # bytes of the KV cache; on a GPU half of what is free at the first sampling
 BLOCK = 4  # tokens drawn between checks for ended rows; on a GPU each check waits for the device
 
 
@@ -73,12 +75,12 @@ def uniforms(seed, step, prompt, sample, length):
     return np.random.Generator(philox).random(length)
 
 
-def top_p_filter(probs, top_p=1.0, top_k=0):
+def top_p_filter(probs, top_p=1.0, top_k=0, mass=None):
     """Keep the top_k likeliest tokens of probs (B, V), and of those the nucleus; set the rest to 0.
 
     The nucleus is the smallest set of the likeliest with a share top_p of their mass (arXiv
-    1904.09751, section 3.1). Of equally likely tokens the lower id comes first. The result is not
-    renormalised.
+    1904.09751, section 3.1), or of `mass` (B, 1) where probs are not of all tokens. Of equally
+    likely tokens the lower id comes first. The result is not renormalised.
     """
     if top_k <= 0 and top_p >= 1:
         return probs
@@ -87,7 +89,9 @@ def top_p_filter(probs, top_p=1.0, top_k=0):
         ordered[:, top_k:] = 0
     masses = ordered.double()
     mass_before = masses.cumsum(-1) - masses  # of the likelier tokens
-    ordered[mass_before >= top_p * masses.sum(-1, keepdim=True)] = 0
+    if mass is None:
+        mass = masses.sum(-1, keepdim=True)
+    ordered[mass_before >= top_p * mass] = 0
     return torch.zeros_like(probs).scatter_(-1, ids, ordered)
 
 
@@ -107,7 +111,10 @@ def inverse_cdf(probs, u):
 
 def sample_token(logps, u, top_p=1.0, top_k=0):
     """Draw a token a row: log-probs (B, V), u (B,) in [0, 1) -> tokens (B,)."""
-    return inverse_cdf(top_p_filter(logps.exp(), top_p, top_k), u)
+    probs = logps.exp()
+    if fast and probs.shape[1] >= 2 * fast.draw.FEW:
+        return fast.draw.draw(probs, u, top_p, top_k, top_p_filter, inverse_cdf)
+    return inverse_cdf(top_p_filter(probs, top_p, top_k), u)
 
 
 def entropy(logps):
@@ -133,8 +140,8 @@ class PlainDecoder:
         self.cache = None
 
 
-# The one line at which fast/ is entered.
-make_decoder = fast.kept_decoder if fast else PlainDecoder
+# One of two lines at which fast/ is entered; the other is in sample_token.
+make_decoder = fast.decoder.kept_decoder if fast else PlainDecoder
 
 
 def read_prompts(model, prompts, n, cache, first):
@@ -148,7 +155,8 @@ def read_prompts(model, prompts, n, cache, first):
     hidden = model(ids, own)  # (P, L, D)
     own.lengths = torch.tensor([len(p) for p in prompts], device=device)  # without the padding
     prompt = torch.arange(len(prompts), device=device).repeat_interleave(n)  # 0 0 0 1 1 1 ...
-    cache.copy_rows(own, prompt, first)
+    end = first + len(prompt)
+    cache.copy_rows(own, prompt, torch.arange(first, end, device=device), end)
     return hidden[prompt, own.lengths[prompt] - 1]
 
 
@@ -157,7 +165,7 @@ def draw_next(model, hidden, u, temperature, top_p, top_k):
 
     Returns the tokens (b,) and the log-probs (b, V), at the temperature and before any cut.
     """
-    logits = model.logits(hidden).float() / (temperature or 1.0)
+    logits = model.logits(hidden).div_(temperature or 1.0)
     logps = torch.log_softmax(logits, dim=-1)
     if temperature == 0:  # the likeliest; its log-prob is the one at temperature 1
         return logps.argmax(-1), logps
@@ -174,7 +182,7 @@ def decode(model, prompts, u, out, eos_ids, cuts, slots):
     slots and n = 2 samples of the prompts P, Q and R:
 
         first   P0 P1 Q0 Q1     R waits for two slots
-        later   P1 Q0 R0 R1     P0 and Q1 have ended; the others have moved up
+        later   Q0 P1 R0 R1     P0 and Q1 have ended; Q0 has moved into a hole
     """
     device = model.device
     T = u.shape[1] - BLOCK
@@ -215,14 +223,30 @@ def decode(model, prompts, u, out, eos_ids, cuts, slots):
             if i < BLOCK - 1:
                 hidden = decoder.step(tokens)
 
-        # 3) Drop the rows that have ended: the others move up in the cache. Feed these their last
-        # token, which gives the states that the next block starts from.
+        # 3) Drop the rows that have ended. Feed the others their last token, which gives the states
+        # that the next block starts from.
         going = (~ended).nonzero()[:, 0]
         if len(going) < len(rows):
-            decoder.cache.copy_rows(decoder.cache, going)
+            going = decoder.cache.keep_rows(going)
         rows, column = rows[going], column[going] + BLOCK
         hidden = decoder.step(tokens[going]) if len(rows) else hidden[:0]
     decoder.close()
+
+
+@cache
+def cache_bytes(device):
+    """Return how much memory the KV cache may take. It is asked once, so that all calls agree."""
+    if device.type != "cuda":
+        return MAX_CACHE
+    free, _ = torch.cuda.mem_get_info(device)
+    return free // 2
+
+
+def row_bytes(model, columns):
+    """Return what the keys and values of a row of so many tokens take."""
+    config = model.config
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return numbers * columns * model.lm_head.weight.itemsize
 
 
 def generate(
@@ -232,25 +256,24 @@ def generate(
     """Sample n completions of each prompt (token ids), each ended by one of eos_ids or cut off.
 
     seed and step key the uniforms; temperature 0 takes the likeliest token. keep: "entropy" and
-    "hidden" are the optional fields. At most max_rows rows and MAX_CACHE cached numbers (or one
+    "hidden" are the optional fields. At most max_rows rows and cache_bytes of cache (or one
     prompt's n rows) are in memory at a time, which changes no completion. Results are on the CPU.
     UserError on an empty prompt, n or max_new_tokens below 1, a negative temperature, top_p of 0.
     """
     if min(n, max_new_tokens) < 1 or not temperature >= 0 or not top_p > 0 or not all(prompts):
         raise UserError("nothing to sample: no prompt, n, length or top-p, or a bad temperature")
-    config, device = model.config, model.device
+    device = model.device
     B, T = len(prompts) * n, max_new_tokens
 
     # 1) Decode into tensors, as many rows at a time as the cache may hold.
     out = {name: torch.zeros(B, T + BLOCK, device=device) for name in ("logps", *sorted(keep))}
     if "hidden" in keep:
-        out["hidden"] = torch.zeros(B, T + BLOCK, config.hidden_size, device=device)
+        out["hidden"] = torch.zeros(B, T + BLOCK, model.config.hidden_size, device=device)
     out["tokens"] = torch.zeros(B, T + BLOCK, dtype=torch.long, device=device)
     if prompts:
         streams = [uniforms(seed, step, p, i, T + BLOCK) for p in prompts for i in range(n)]
         u = torch.from_numpy(np.stack(streams)).to(device)
-        heads = 2 * config.num_hidden_layers * config.num_key_value_heads
-        most = MAX_CACHE // (heads * config.head_dim * (max(map(len, prompts)) + T))
+        most = cache_bytes(device) // row_bytes(model, max(map(len, prompts)) + T)
         slots = max(n, min(max_rows, most, B))
         decode(model, prompts, u, out, eos_ids, (temperature, top_p, top_k), slots)
 

@@ -34,15 +34,21 @@ def config_of(shape):
     """The Config of a Qwen3 of that shape."""
     check_choice("shape", shape, SHAPES)
     hidden, inner, layers, heads, kv = SHAPES[shape]
-    return Config(151936, hidden, inner, layers, heads, kv, 128, 1e-6, 1e6, True, False, True)
+    vocabulary = 4096 if shape == "small" else 151936
+    return Config(vocabulary, hidden, inner, layers, heads, kv, 128, 1e-6, 1e6, True, False, True)
+
+
+def write_config(shape, folder):
+    """config.json of that shape: all that `train.py --random-init` reads."""
+    config = json.loads((TINY / "config.json").read_text())
+    config |= {key: value for key, value in vars(config_of(shape)).items() if key in config}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def write_random(shape, folder, dtype):
     """That model as a checkpoint that anyone loads, with the embedded model's tokenizer."""
     model = random_model(config_of(shape), "cpu", dtype)
-    config = json.loads((TINY / "config.json").read_text())
-    config |= {key: value for key, value in vars(model.config).items() if key in config}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_config(shape, folder)
     state = {name: p for name, p in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, folder / "model.safetensors", metadata=dict(format="pt"))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -55,7 +61,7 @@ def adapted(model, rank=16, alpha=32.0):
     torch.manual_seed(0)
     for name, p in lora_parameters(model).items():
         if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.005)
+            p.data.copy_(0.005 * torch.randn(p.shape))  # drawn here, so the same on every device
     return model
 
 
@@ -127,6 +133,16 @@ def timed(function, device):
     return time.perf_counter() - started, result
 
 
+def per_call(function, device, calls=20):
+    """The seconds of one of many calls in a row, once kernels are ready and graphs captured."""
+    if not on_gpu(device):
+        return timed(function, device)[0]
+    for _ in range(3):
+        function()
+    seconds, _ = timed(lambda: [function() for _ in range(calls)], device)
+    return seconds / calls
+
+
 def held(device, what="VmRSS"):
     """Bytes held now, or with VmHWM at most since `forget_peak`; None where nobody counts them."""
     if on_gpu(device):
@@ -151,9 +167,9 @@ def forget_peak(device):
 # ---- Limits --------------------------------------------------------------------------------------
 
 
-def product_speed(device, dtype):
-    """FLOP/s of a matrix product, the best of several: a limit of all that is computed."""
-    n = 8192 if on_gpu(device) else 1024
+def product_speed(device, dtype, n=0):
+    """FLOP/s of a product of n x n matrices, the best of several: a limit of what is computed."""
+    n = n or (8192 if on_gpu(device) else 1024)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / min(timed(lambda: a @ b, device)[0] for _ in range(5))
 
@@ -219,6 +235,11 @@ def middle(values):
     if not values:
         return "", ""
     return number(statistics.median(values)), f"{number(min(values))} to {number(max(values))}"
+
+
+def one_line(error):
+    """What an exception says, cut to a line."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:250]
 
 
 def line(*cells):

@@ -23,7 +23,7 @@ from bench.common import SHAPES, TEXT, adapted, config_of, settings, timed
 from data.problems import TINY, add_prompts, load_problems
 from hf.checkpoint import load_model, load_tokenizer, random_model
 from lora import adapter_off, lora_parameters
-from run.flags import DTYPES, check_device
+from run.flags import DTYPES, use_device
 from system.errors import Parser, run_cli
 
 
@@ -32,7 +32,7 @@ def setting_up(args):
     torch.manual_seed(0)
     if args.shape:
         model = random_model(config_of(args.shape), args.device, DTYPES[args.dtype])
-        ids = torch.randint(0, 151936, (args.prompts, args.prompt_tokens)).tolist()
+        ids = torch.randint(0, model.config.vocab_size, (args.prompts, args.prompt_tokens)).tolist()
         problems = [dict(prompt=i, negative=[*i, *range(8)], answer="") for i in ids]
         tokenizer = TEXT
     else:
@@ -45,7 +45,7 @@ def authors_update(model, rollout, advantages, cfg):
     """ARCA's update as its authors' code does it: three forward passes, and full logits."""
     completions = rollout.completions
     all_rows = torch.ones(len(advantages), dtype=torch.bool)
-    for rows in grpo.split(rollout, all_rows, cfg.micro_batch_tokens):
+    for rows in grpo.split(rollout, all_rows, cfg.micro_batch_tokens, model.device):
         # 1) Prompts and completions, right-padded, and the places that predict their tokens.
         batch = grpo.make_batch(rollout, rows, model.device)
         T = batch.mask.shape[1]
@@ -109,7 +109,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--updates-only", action="store_true", help="one rollout for all of them")
     args = parser.parse_args()
-    check_device(args.device)
+    use_device(args.device)
     model, tokenizer, problems = setting_up(args)
     cfg = settings(samples=args.samples, max_new_tokens=args.max_new_tokens)
     cfg.micro_batch_tokens = args.micro_batch_tokens

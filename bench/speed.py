@@ -29,7 +29,7 @@ import torch
 
 from bench import common, ours, peers
 from bench.common import line, middle, number
-from run.flags import check_device
+from run.flags import use_device
 from system.errors import Parser, UserError, run_cli
 
 # ---- The contestants -----------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def parse():
 def main():
     args = parse()
     torch.set_num_threads(args.threads)
-    check_device(args.device)
+    use_device(args.device)
     sizes = dict(
         device=args.device,
         dtype=args.dtype,

@@ -32,12 +32,19 @@ class Preset:
     others: tuple  # ranks that only uniform and ARCA are run at
     seeds: tuple
     problems: int  # to evaluate on, after training
+    rules: tuple = RULES  # of the main comparison
+    samples: int = Settings.eval_samples  # a problem, for pass@k; 0 for greedy only
+    measured: bool = True  # whether ARCA's adapters are, at many sharpenings
 
 
-# During training the embedded model is evaluated on few problems: `evaluate` does the others.
+# A chat model of half a billion parameters: it must be seen to learn within an hour of a GPU.
+CHAT = dict(model="Qwen/Qwen2.5-Coder-0.5B-Instruct", chat=True, steps=60, prompts=8, samples=8)
+CHAT.update(max_new_tokens=384, lr=2e-4, eval_problems=32, micro_batch_tokens=8192)
+# During training models are evaluated on few problems: the commands after it do the others.
 PRESETS = {
     "tiny": Preset(dict(steps=32, eval_problems=50), 16, (4, 64), (1, 2, 3, 4, 5), 500),
     "paper": Preset(dict(preset="paper"), 64, (4, 16), (1337,), 200),
+    "chat": Preset(CHAT, 16, (), (1, 2, 3), 400, ("uniform", "arca"), 0, False),
 }
 
 
@@ -48,6 +55,7 @@ class Run:
     cell: tuple  # rule, rank, sharpening
     settings: dict  # of train.py, all of them
     problems: int  # to evaluate on
+    samples: int  # a problem, for pass@k
     measured: bool  # whether the concentration of all rules is, at many sharpenings
     folder: Path
 
@@ -55,13 +63,13 @@ class Run:
 # ---- Which runs ----------------------------------------------------------------------------------
 
 
-def cells(rank, others, controls=True):
+def cells(rank, others, controls=True, rules=RULES):
     """The settings to compare (rule, rank, sharpening): the paper's seven, then what it lacks.
     Uniform has no sharpening; it is written as 1."""
-    power = {rule: 1.0 if rule == "uniform" else 2.0 for rule in (*RULES, *CONTROLS)}
-    seven = [(rule, rank, power[rule]) for rule in RULES] + [("arca", r, 2.0) for r in others]
+    power = {rule: 1.0 if rule == "uniform" else 2.0 for rule in (*rules, *CONTROLS)}
+    seven = [(rule, rank, power[rule]) for rule in rules] + [("arca", r, 2.0) for r in others]
     more = [("uniform", r, 1.0) for r in others] + [(rule, rank, 2.0) for rule in CONTROLS]
-    more += [(rule, rank, 1.0) for rule in (*RULES[1:], *CONTROLS)]
+    more += [(rule, rank, 1.0) for rule in (*rules[1:], *CONTROLS)]
     return seven + more * controls
 
 
@@ -111,7 +119,7 @@ def plan(preset: Preset, given, seeds, controls, out, code):
     training = TRAINING[training.get("preset", "")] | training | dict(eval_samples=0)
     problems = given.get("eval_problems", preset.problems)
     training["eval_problems"] = min(problems, training["eval_problems"])
-    main = cells(preset.rank, preset.others, controls)
+    main = cells(preset.rank, preset.others, controls, preset.rules)
     chosen = [("base", 0, 0.0, seeds[0]), *((*cell, seed) for seed in seeds for cell in main)]
     runs = []
     for rule, rank, power, seed in chosen:
@@ -120,8 +128,9 @@ def plan(preset: Preset, given, seeds, controls, out, code):
         settings = asdict(Settings(**training | own))
         name = "-".join([rule] + [f"r{rank}-p{power:g}"] * (rule != "base") + [f"s{seed}"])
         folder = out / f"{name}-{run_key(settings, problems, code)[:10]}"
-        measured = rule == "arca" and rank == preset.rank
-        runs.append(Run((rule, rank, power), settings, problems, measured, folder))
+        measured = preset.measured and rule == "arca" and rank == preset.rank
+        about = (settings, problems, preset.samples, measured, folder)
+        runs.append(Run((rule, rank, power), *about))
     cfg = Settings(**training)
     if not cfg.eval_data and cfg.data not in ("tiny", *HUB):
         raise UserError("--data FILE: give --eval-data FILE too, with the problems to evaluate on")
@@ -177,7 +186,7 @@ def next_command(run):
         return ["train.py", *flags(run.settings), "--out", str(folder)], None
     answers, measured = folder / "answers.jsonl", folder / "concentration.json"
     if not answers.exists():
-        count = ("--problems", str(run.problems), "--samples", str(Settings.eval_samples))
+        count = ("--problems", str(run.problems), "--samples", str(run.samples))
         return ["eval_math.py", *of_model(run, "top_p"), *count], answers
     if run.measured and not measured.exists():
         script = ["experiments/concentration.py", *of_model(run), "--problems", "128"]

@@ -18,7 +18,7 @@ CURVES = ("reward", "entropy", "gini", "effective_token_ratio")  # of metrics.js
 
 def outcomes(path):
     """The answers of eval_math.py as two texts with a digit a problem: whether the greedy one is
-    right, and how many (of at most 9) samples are."""
+    right, and how many (of at most 9) samples are; the second is empty where none were drawn."""
     answers = read_answers(str(path), "verdict", "sample")
     if not all(a["verdict"] in (True, False) for a in answers):
         raise UserError(f"{path} has a verdict that is neither true nor false: move it away")
@@ -27,7 +27,7 @@ def outcomes(path):
     if not greedy or len(drawn) % len(greedy) or len(drawn) > 9 * len(greedy):
         raise UserError(f"{path} holds other answers than the sweep's: move it away")
     right = np.reshape(drawn, (len(greedy), -1)).sum(axis=1)
-    return "".join(map(str, greedy)), "".join(map(str, right))
+    return "".join(map(str, greedy)), "".join(map(str, right)) if drawn else ""
 
 
 def training(folder) -> dict:

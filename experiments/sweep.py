@@ -2,6 +2,7 @@
 
     python experiments/sweep.py --preset tiny     # the embedded model: 70 minutes on two cores
     python experiments/sweep.py --preset paper    # the paper's seven runs, and what it lacks
+    python experiments/sweep.py --preset chat --data TRAIN.jsonl --eval-data TEST.jsonl
 
 A run is a folder, named after its setting and a hash of all that decides its numbers: the code, the
 model, the data, every setting. So runs of different code or settings never meet, and what is done
@@ -196,7 +197,7 @@ def main():
         "torch": version("torch"),
         "seeds": seeds,
         "rank": preset.rank,
-        "cells": cells(preset.rank, preset.others, controls),
+        "cells": cells(preset.rank, preset.others, controls, preset.rules),
         "steps": cfg["steps"],
         "prompts": cfg["prompts"],
         "samples": cfg["samples"],

@@ -143,6 +143,18 @@ def difference_table(about, rows, metric, name, scale, digits):
     return table(name, [*heads, "Holm", "Holm, bootstrap"], lines)
 
 
+def gain_table(about, rows, title):
+    """Greedy accuracy after training minus before it, on the same problems."""
+    before = matrix(rows, BASE, "greedy")  # (1, P), or (0,) without a run
+    lines = []
+    for cell in map(tuple, about["cells"]):
+        after = matrix(rows, cell, "greedy")  # (S, P)
+        e = compared(after - before if after.size and before.size else after[:0])
+        lines.append([*labels(rows, cell, about["seeds"]), said(e, 100, 1)])
+        lines[-1].append(shown(e.p if e else math.nan))
+    return table(title, ["rule", "rank", "sharpening", "seeds", "gain [95 %]", "p-value"], lines)
+
+
 def tables(about, rows) -> str:
     """All tables as one text."""
     n = f"{len(comparisons(about))} comparisons of this table"
@@ -155,6 +167,8 @@ def tables(about, rows) -> str:
     ):
         title = f"Table {len(parts) + 1}. Difference in {name} ({note})"
         parts.append(difference_table(about, rows, metric, title, scale, digits))
+    title = f"Table {len(parts) + 1}. Greedy accuracy after training minus before it, points"
+    parts.append(gain_table(about, rows, title))
     return "\n\n".join(parts)
 
 

@@ -6,12 +6,15 @@ copy of the weights. A GPU takes longer to launch a thousand kernels than to run
 step is captured as a CUDA graph and replayed. Tests hold all of it to Qwen3.forward.
 """
 
+import gc
+
 import torch
 import torch.nn.functional as F
 
 from lora import LoRALinear
 from model import KVCache, rms_norm, rotary, rotate
 
+WIDTH = 256  # columns of the cache that a GPU's graphs differ by
 MAX_MERGED = 2**24  # parameters up to which the sampler keeps a copy of the weights, adapters added
 
 
@@ -20,7 +23,9 @@ def kept_decoder(model, rows, columns):
     on the model between calls for its stacked weights and captured graphs; while it is in use, a
     second sampler of the model builds its own."""
     decoder = model.__dict__.pop("kept_decoder", None)
-    if decoder is None or not decoder.has_room(rows, columns):
+    if decoder is not None and not decoder.has_room(rows, columns):
+        decoder = None  # and its cache is free before there is another
+    if decoder is None:
         decoder = Decoder(model, rows, columns)
     decoder.refresh()
     return decoder
@@ -103,10 +108,14 @@ class Decoder:
         small = sum(p.numel() for p in model.parameters()) <= MAX_MERGED
         self.model = model
         self.place = (device, dtype)
-        self.cache = KVCache(config, rows, columns, device, dtype)
         self.merges = small and device.type == "cpu" and dtype == torch.float32
         self.captures = device.type == "cuda"
         self.graphs = {}
+        self.pool = None
+        if self.captures:
+            self.pool = torch.cuda.graph_pool_handle()  # all graphs make what they make in one
+            columns = -(-columns // WIDTH) * WIDTH  # kernels want masks of even widths
+        self.cache = KVCache(config, rows, columns, device, dtype)
         self.stacks = [[Stack() for _ in range(4)] for _ in model.model.layers]
         # What no step needs to compute again: the rotary table, and the q and k norms side by side.
         positions = torch.arange(columns, device=device)[None]
@@ -160,19 +169,30 @@ class Decoder:
             self.graphs[key] = None
             return self.compute(padded)[:b]
         if self.graphs[key] is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records what is to be done, and does nothing
-                states = self.compute(padded)
-            self.graphs[key] = (graph, padded, states)
+            self.graphs[key] = self.capture(padded)
         graph, inputs, states = self.graphs[key]
         inputs.copy_(padded)
         graph.replay()
         self.cache.filled = filled + 1
         return states[:b].clone()
 
+    def capture(self, tokens):
+        """Return a graph of the step, and the tensors that it reads its tokens from and writes its
+        states to. Graphs may share the memory of what they make, since step copies the states."""
+        graph = torch.cuda.CUDAGraph()
+        collects = gc.isenabled()
+        gc.disable()  # to free another decoder's graphs in a capture breaks it
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):  # records what to do, and does nothing
+                states = self.compute(tokens)
+        finally:
+            if collects:
+                gc.enable()
+        return graph, tokens, states
+
     def width(self, filled):
         """Return how many columns to read; rounded up on a GPU, where each number is a graph."""
-        step = 256 if self.captures else 1
+        step = WIDTH if self.captures else 1
         return min(-(-filled // step) * step, self.cache.k.shape[3])
 
     def compute(self, tokens):
@@ -187,8 +207,12 @@ class Decoder:
         cache.filled += 1
         S = self.width(cache.filled)
         unseen = torch.arange(S, device=at.device) > at[:, None]  # (b, S)
-        mask = torch.zeros(unseen.shape, device=at.device, dtype=self.place[1])
-        mask = mask.masked_fill_(unseen, -torch.inf).repeat_interleave(H_kv, 0)[:, None]
+        by_products = self.captures or self.place[1] == torch.float32
+        dtype = torch.float32 if by_products else self.place[1]
+        mask = torch.zeros(unseen.shape, device=at.device, dtype=dtype)
+        mask = mask.masked_fill_(unseen, -torch.inf)[:, None]  # (b, 1, S)
+        if by_products:
+            mask = mask.repeat_interleave(H_kv, 0)  # (b H_kv, 1, S)
         heads = torch.arange(b * H_kv, device=at.device).view(b, H_kv)
         place = (heads * columns + at[:, None]).flatten()
         rope = (self.cos[at][:, None], self.sin[at][:, None])  # (b, 1, K)
@@ -204,11 +228,11 @@ class Decoder:
             keys, values = cache.k[layer].view(-1, K), cache.v[layer].view(-1, K)
             keys.index_copy_(0, place, qk[:, H:].reshape(-1, K))
             values.index_copy_(0, place, v.reshape(-1, K))
-            keys = keys.view(-1, columns, K)[: b * H_kv, :S]
+            keys = keys.view(-1, columns, K)[: b * H_kv, :S]  # (b H_kv, S, K)
             values = values.view(-1, columns, K)[: b * H_kv, :S]
             # Query heads that share a key head are queries of one head: its keys are read once.
             q = qk[:, :H].reshape(b * H_kv, -1, K)
-            x = x + to_out(attend(q, keys, values, mask).view(b, -1))
+            x = x + to_out(attend(q, keys, values, mask).reshape(b, -1))
             gate, up = to_inner(normed(x, block.post_attention_layernorm)).chunk(2, dim=-1)
             x = x + to_down(F.silu(gate) * up)
         return self.model.model.norm(x.float())
@@ -219,8 +243,15 @@ def normed(x, norm):
 
 
 def attend(q, k, v, mask):
-    """Attend from a few queries (b, n, K) to k and v (b, S, K); mask (b, 1, S) is added."""
-    if q.dtype != torch.float32:  # where scores must not be rounded
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)  # (b, n, S)
-    return torch.bmm(scores.softmax(dim=-1), v)
+    """Attend from a few queries (b H_kv, n, K) of each key head to k and v (b H_kv, S, K). The mask
+    is added: (b H_kv, 1, S), fp32, for two products, else (b, 1, S). Scores are not rounded."""
+    scale = q.shape[-1] ** -0.5
+    if q.dtype == torch.float32:
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)  # (b H_kv, n, S)
+        return torch.bmm(scores.softmax(dim=-1), v)
+    if q.is_cuda:
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), torch.float32, alpha=scale)
+        return torch.bmm(scores.softmax(dim=-1).to(v.dtype), v)
+    b = len(mask)
+    q, k, v = (x.unflatten(0, (b, -1)) for x in (q, k, v))  # fast kernels want (b, H_kv, .., K)
+    return F.scaled_dot_product_attention(q, k, v, mask[:, None]).flatten(0, 1)

@@ -3,11 +3,14 @@
 `pack` and `micro_batches` are the twins of pad_rows and split_rows in grpo.py.
 """
 
+from functools import cached_property
+
 import torch
 
 from model import attention
 
-PASS = 64  # the cost of a pass beside its tokens, in tokens; with 64 padding stays below 10 %
+PASS = 64  # the cost of a pass beside its tokens, in tokens; with 64 padding stays below 10 %.
+PASS_GPU = 4096  # There it is to launch the pass.
 
 
 class Packed:
@@ -23,23 +26,18 @@ class Packed:
     """
 
     def __init__(self, starts, lengths, group):
+        self.starts, self.lengths, self.group = starts, lengths, group
         # Padded rows, (p, L) and (b, T): which of their cells, counted row by row, hold a token.
-        self.group = group
         L, T = max(1, int(starts.max())), max(1, int(lengths.max()))
         self.shapes = ((len(starts), L), (len(lengths), T))
-        prompt_columns = torch.arange(L, device=group.device)
-        columns = torch.arange(T, device=group.device)
-        in_prompt = (prompt_columns < starts[:, None]).flatten().nonzero()[:, 0]
-        in_row = (columns < lengths[:, None]).flatten().nonzero()[:, 0]
+        self.prompt_columns = torch.arange(L, device=group.device)
+        self.columns = torch.arange(T, device=group.device)
+        in_prompt = (self.prompt_columns < starts[:, None]).flatten().nonzero()[:, 0]
+        in_row = (self.columns < lengths[:, None]).flatten().nonzero()[:, 0]
         self.cells = (in_prompt, in_row)
-        # The positions of a completion follow its prompt's. Its tokens see all of the prompt, and
-        # their own row up to themselves.
+        # The positions of a completion follow its prompt's.
         after_prompt = starts[group][in_row // T] + in_row % T
         self.positions = torch.cat([in_prompt % L, after_prompt])[None]  # (1, N)
-        sees_prompt = prompt_columns < starts[group][:, None]  # (b, L)
-        sees_prompt = sees_prompt[:, None].expand(-1, T, -1)  # (b, T, L)
-        sees_own = (columns <= columns[:, None]).expand(len(group), -1, -1)  # (b, T, T)
-        self.mask = torch.cat([sees_prompt, sees_own], dim=2)[:, None]  # (b, 1, T, L + T)
 
     def start(self, B, N):
         """Return the positions of the tokens (1, N)."""
@@ -47,6 +45,21 @@ class Packed:
 
     def attend(self, layer, q, k, v):
         """Attend from q (1, H, N, K) to k and v (1, H_kv, N, K); return (1, N, H K)."""
+        return self.flash(q, k, v) if has_flash(q) else self.padded(q, k, v)
+
+    # In padded rows, with a mask.
+    @cached_property
+    def mask(self):
+        """Which columns of a prompt and a completion a token of the completion sees: those of the
+        prompt, and its own row's up to itself (b, 1, T, L + T)."""
+        T = len(self.columns)
+        sees_prompt = self.prompt_columns < self.starts[self.group][:, None]  # (b, L)
+        sees_prompt = sees_prompt[:, None].expand(-1, T, -1)  # (b, T, L)
+        sees_own = (self.columns <= self.columns[:, None]).expand(len(self.group), -1, -1)
+        return torch.cat([sees_prompt, sees_own], dim=2)[:, None]
+
+    def padded(self, q, k, v):
+        """Attend in rows, which any device can."""
         prompt_q, own_q = self.in_rows(q)
         prompt_k, own_k = self.in_rows(k)
         prompt_v, own_v = self.in_rows(v)
@@ -67,6 +80,43 @@ class Packed:
             padded.append(zeros.index_put((cells,), part).unflatten(0, (rows, T)).transpose(1, 2))
         return padded
 
+    # End to end, by a kernel of GPUs.
+    @cached_property
+    def ends(self):
+        """What flash attention wants: which tokens the sequences' keys are, laid end to end, and
+        where the sequences' queries and keys begin. They are the prompts, then each completion,
+        whose keys are its prompt's and its own."""
+        starts, lengths, group = self.starts, self.lengths, self.group
+        first = starts.cumsum(0) - starts  # (p,) where a prompt begins
+        own = starts.sum() + lengths.cumsum(0) - lengths  # (b,) where a completion does
+        places = [first[group][:, None] + self.prompt_columns, own[:, None] + self.columns]
+        there = [self.prompt_columns < starts[group][:, None], self.columns < lengths[:, None]]
+        of_rows = torch.cat(places, dim=1)[torch.cat(there, dim=1)]
+        keys = torch.cat([torch.arange(int(starts.sum()), device=starts.device), of_rows])
+        sizes = [torch.cat([starts, lengths]), torch.cat([starts, starts[group] + lengths])]
+        begins = [torch.cat([x.new_zeros(1), x.cumsum(0)]).int() for x in sizes]
+        return keys, *begins
+
+    def flash(self, q, k, v):
+        """Attend without padding. A causal mask ends where the keys do, so the tokens of a
+        completion see all of its prompt."""
+        keys, query_begins, key_begins = self.ends
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, heads, K)
+        k, v = k.index_select(0, keys), v.index_select(0, keys)
+        L, T = len(self.prompt_columns), len(self.columns)
+        sizes = (query_begins, key_begins, max(L, T), L + T)
+        out = torch.ops.aten._flash_attention_forward(
+            q.contiguous(), k, v, *sizes, 0.0, True, False
+        )
+        return out[0].flatten(1)[None]
+
+
+def has_flash(x):
+    """Return whether PyTorch's flash attention takes such tensors (..., K)."""
+    is_half = x.dtype in (torch.bfloat16, torch.float16)
+    is_new = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return is_new and is_half and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256
+
 
 def pack(prompts, group, tokens, lengths, device):
     """Lay out p prompts and b completions end to end. Returns ids (1, N), the place in them that
@@ -83,9 +133,10 @@ def pack(prompts, group, tokens, lengths, device):
     return ids[None].to(device), predicts.to(device), packed
 
 
-def micro_batches(rollout, chosen, budget):
+def micro_batches(rollout, chosen, budget, device):
     """Cut the chosen rows (B,) of a rollout into the cheapest micro-batches of like length, by
     dynamic programming. One reads at most `budget` tokens or is one row, and costs PASS beside."""
+    each = PASS_GPU if device.type == "cuda" else PASS
     G = rollout.rewards.shape[1]
     lengths = rollout.completions.lengths.tolist()
     rows = sorted(chosen.nonzero()[:, 0].tolist(), key=lambda row: lengths[row])
@@ -98,7 +149,7 @@ def micro_batches(rollout, chosen, budget):
             read = (end - first) * lengths[rows[end - 1]] + len(prompts) * max(prompts.values())
             if ways and read > budget:
                 break
-            ways.append((best[first][0] + read + PASS, first))
+            ways.append((best[first][0] + read + each, first))
         best.append(min(ways))
     batches, end = [], len(rows)
     while end:

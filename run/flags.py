@@ -56,14 +56,19 @@ def check_choice(name, value, choices):
         raise UserError(f"{flag_name(name)} {value}: use one of {named}")
 
 
-def check_device(name):
-    """Raise UserError, with what is here, unless torch can use cpu, cuda or cuda:N of this name."""
+def use_device(name):
+    """Ready a device: cpu, cuda or cuda:N. UserError, with what is here, if torch has no such."""
     known = re.fullmatch("cpu|cuda(:[0-9]+)?", name)  # torch knows more, which nobody has tested
     try:
         torch.empty(0, device=name if known else "none")
     except (RuntimeError, AssertionError):
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise UserError(f"no device {name!r} here: use --device {', '.join(there)}") from None
+    if name.startswith("cuda"):
+        # Without this a CUDA graph would record what another device does, which is nothing.
+        torch.cuda.set_device(torch.device(name).index or 0)
+        # Its gradient can be NaN with a mask (pytorch 196678), and each new shape costs 30 ms.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def check_fit(tokenizer, model, name):
@@ -83,7 +88,7 @@ def load_base(cfg):
     device = cfg.device
     if device == "auto":  # torchrun sets LOCAL_RANK
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    use_device(device)
     check_choice("dtype", cfg.dtype, DTYPES)
     dtype = DTYPES[cfg.dtype] or checkpoint.default_dtype(device)
     folder = checkpoint.checkpoint_folder(cfg.model, cfg.revision)

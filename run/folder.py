@@ -12,7 +12,7 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-from credit import METHODS, token_weights
+from credit import rules_for, token_weights
 from lora import lora_parameters
 from run.answers import rates
 from system import processes
@@ -100,7 +100,7 @@ def sample_rows(rollout, chosen, signals, cfg, tokenizer):
     """Yield the chosen rows of a rollout as samples.jsonl has them: the completion, the signals of
     its tokens, the run's multipliers (`weights`), and every rule's at sharpening 1 and 2."""
     own = token_weights(cfg.credit, signals, cfg.sharpening)
-    rules = {name: [token_weights(name, signals, p) for p in (1, 2)] for name in METHODS}
+    rules = {name: [token_weights(name, signals, p) for p in (1, 2)] for name in rules_for(signals)}
     for row in chosen:
         problem = rollout.problems[row // rollout.rewards.shape[1]]
         at = (row, slice(rollout.completions.lengths[row]))  # its tokens
@@ -152,6 +152,8 @@ def warn(history, model, cfg):
         tqdm.write("WARNING: no reward in 5 steps: wrong prompt (--chat?), or problems too hard?")
     if last[-1]["truncated"] > 0.5:
         tqdm.write("WARNING: over half of the completions were cut off: raise --max-new-tokens")
+    if "gini/uniform/1" in last[-1] and "gini/delta/1" not in last[-1]:
+        tqdm.write("WARNING: the rule delta is not compared: its states are too large to keep")
     if last[-1]["skipped"]:
         tqdm.write("WARNING: the loss or gradient was not finite; this step was skipped")
     if [row["skipped"] for row in last] == [1] * min(5, cfg.steps):  # a short run's are all

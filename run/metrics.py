@@ -5,7 +5,7 @@ from itertools import accumulate
 
 import torch
 
-from credit import METHODS, Signals, effective_token_ratio, gini, rank_within_row, token_weights
+from credit import Signals, effective_token_ratio, gini, rank_within_row, rules_for, token_weights
 from verifier.extract import last_boxed
 
 CLASSES = ("other", "digits", "operators", "words", "latex", "answer", "eos")  # 1 to 4 as in PIECES
@@ -50,7 +50,7 @@ def diagnose(rollout, signals: Signals, multipliers, cfg, tokenizer, compare=Fal
     if signals.residual is not None:
         metrics["residual_mean"] = signals.residual[mask].mean()
         metrics["residual_max"] = signals.residual[mask].max()
-    for name in METHODS if compare else ():
+    for name in rules_for(signals) if compare else ():
         for power in (1, 2):
             m = token_weights(name, signals, power)
             metrics[f"gini/{name}/{power}"] = gini(m, mask).mean()

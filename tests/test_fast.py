@@ -213,7 +213,10 @@ def test_micro_batches_are_the_cheapest(monkeypatch, budget, each):
     def cost(groups):
         return sum(read(group) + each for group in groups)
 
-    groups = [group.tolist() for group in packing.micro_batches(rollout, chosen, budget)]
+    groups = [
+        group.tolist()
+        for group in packing.micro_batches(rollout, chosen, budget, torch.device("cpu"))
+    ]
     assert [i for group in groups for i in group] == rows
     assert all(len(group) == 1 or read(group) <= budget for group in groups)
     costs = []

@@ -23,7 +23,7 @@ from grpo import group_advantages, pad_rows, sample_rollout, split_rows, token_l
 from hf import checkpoint
 from lora import adapter_off, lora_parameters
 from run.flags import load_base
-from run.folder import sample_rows
+from run.folder import sample_rows, warn
 from run.metrics import diagnose
 from sample import PlainDecoder, generate, read_prompts
 
@@ -370,21 +370,21 @@ def test_log_probs_of_a_bf16_model(gpu, device):
     assert close(hidden.grad.cpu(), wide.grad, 0.01)
 
 
-def test_kept_states_are_bounded(monkeypatch, capsys, recwarn):
+def test_kept_states_are_bounded(monkeypatch, capsys):
     """A compare step of long completions kept 16 GiB of states on the GPU, and more on the host:
     above a limit the rule that reads them is left out, and somebody is told."""
     model, cfg = policy(), settings(credit="arca", max_new_tokens=9)
     given = (model, TOKENIZER, PROBLEMS, cfg, 1)
     assert sample_rollout(*given, compare=True).completions.hidden is not None
-    monkeypatch.setattr(sample, "MAX_KEPT", 8 * 9 * model.config.hidden_size - 1)
+    monkeypatch.setattr(grpo, "MAX_KEPT", 8 * 9 * model.config.hidden_size - 1)
     rollout = sample_rollout(*given, compare=True)
     assert rollout.completions.hidden is None
-    told = [*(str(w.message) for w in recwarn), *capsys.readouterr()]
-    assert "delta" in " ".join(told)
     advantages = group_advantages(rollout.rewards).flatten()
     _, signals, multipliers = grpo.update(model, None, rollout, advantages, cfg, compare=True)
     metrics = diagnose(rollout, signals, multipliers, cfg, None, compare=True)
     assert {"gini/delta/1"} ^ {f"gini/{name}/1" for name in METHODS} <= set(metrics)
     assert "gini/delta/1" not in metrics
+    warn([metrics | dict(reward=1, truncated=0, skipped=0)], model, cfg)
+    assert "delta" in capsys.readouterr().out
     (kept,) = sample_rows(rollout, [0], signals, cfg, TOKENIZER)
     assert set(kept["rules"]) == set(METHODS) - {"delta"}

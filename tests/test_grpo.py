@@ -268,14 +268,14 @@ def test_split_rows_holds_each_chosen_row_once(budget):
     """A row that is trained on twice, left out, or put in a batch over the budget."""
     rollout = rollout_of(tiny_model())
     chosen = torch.tensor([1, 1, 0, 1, 1, 1, 0, 1]).bool()
-    groups = [group.tolist() for group in grpo.split_rows(rollout, chosen, budget)]
+    groups = [group.tolist() for group in grpo.split_rows(rollout, chosen, budget, "cpu")]
     rows = [row for group in groups for row in group]
     assert sorted(rows) == [0, 1, 3, 4, 5, 7]
     assert [len(COMPLETIONS[row]) for row in rows] == [1, 1, 2, 2, 4, 5]  # like beside like
     for group in groups:
         width = max(len(PROMPTS[row // 4]) + len(COMPLETIONS[row]) - 1 for row in group)
         assert len(group) == 1 or len(group) * width <= budget
-    assert grpo.split_rows(rollout, ~chosen & chosen, budget) == []
+    assert grpo.split_rows(rollout, ~chosen & chosen, budget, "cpu") == []
 
 
 @pytest.mark.parametrize("which", ["fast", "plain"])

@@ -1,16 +1,12 @@
-"""RESULTS.md against the files it rests on; and real.py, which makes one of them."""
+"""RESULTS.md against the files it rests on."""
 
 import contextlib
 import io
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from data.problems import TINY
 from experiments import concentration, oracle_report, tables, theory
 from experiments.rows import read_results
 from system.files import read_json
@@ -70,22 +66,3 @@ def test_the_tables_are_those_of_the_file(sweep_tables):
     text = (HOUSE / "experiments/RESULTS.md").read_text(encoding="utf-8")
     for part in sweep_tables.split("\n\nTable ")[:3]:
         assert part.removeprefix("Table ") in text
-
-
-@pytest.mark.nightly
-def test_a_real_model_is_trained_and_measured_once(tmp_path):
-    """An hour of training must not be done twice, and what it was for must be in the file."""
-    words = ["--model", TINY, "--data", "tiny", "--eval-data", "tiny", "--rules", "arca"]
-    words += ["--steps", 2, "--prompts", 2, "--samples", 2, "--problems", 4, "--out", tmp_path]
-    command = [sys.executable, "experiments/real.py", *map(str, words)]
-    first, second = (subprocess.run(command, cwd=HOUSE, capture_output=True) for _ in range(2))
-    assert (first.returncode, second.returncode) == (0, 0), second.stderr
-    metrics, *more = tmp_path.glob("arca-*/metrics.jsonl")
-    assert not more and len(metrics.read_text().splitlines()) == 2
-    found = json.loads((tmp_path / "real.json").read_text())["after"]["arca"]
-    assert found["completions"] == 4
-    (gini, low, high), ratio = found["rules"]["arca"]["2"]
-    assert low <= gini <= high and 0 < gini < 1 and 0 < ratio[0] < 1, "the adapter did not train"
-    assert found["rules"]["uniform"]["1"][0][0] == 0
-    table = second.stdout.decode()
-    assert f"{gini:.3f} [{low:.3f}, {high:.3f}]" in table and "0.490 / 0.334" in table

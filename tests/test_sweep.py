@@ -221,6 +221,23 @@ def test_the_paper_s_seven_runs(tmp_path):
     assert len(everything) == len(set(everything)) == 17
 
 
+def test_a_greedy_sweep_has_no_pass_at_4(tmp_path):
+    """A chat model costs a hundred times the embedded one: a sweep of it that also sampled, or
+    measured adapters, would run out of its hour; and no sample is not "none right"."""
+    files = dict(data="a.jsonl", eval_data="b.jsonl", model=str(plan.TINY))
+    runs = plan.plan(plan.PRESETS["chat"], files, [1, 2], False, tmp_path, "code")
+    assert [r.cell[0] for r in runs] == ["base", "uniform", "arca", "uniform", "arca"]
+    words, made = plan.next_command(runs[0])
+    assert words[words.index("--samples") + 1] == "0" and made.name == "answers.jsonl"
+    assert not any(run.measured for run in runs)
+    rights = [json.dumps(dict(sample=None, verdict=right)) + "\n" for right in (True, False)]
+    (tmp_path / "answers.jsonl").write_text("".join(rights))
+    found = small()[1]
+    found[-1]["greedy"], found[-1]["right"] = rows.outcomes(tmp_path / "answers.jsonl")
+    assert (found[-1]["greedy"], found[-1]["right"]) == ("10", "")
+    assert tables.estimate(found[-1:], ("arca", 16, 2.0), "pass") is None
+
+
 def test_wrong_flags_are_one_line(monkeypatch, tmp_path):
     """A typing mistake must not start a sweep of something else."""
     monkeypatch.setattr(sweep.sys, "argv", ["sweep.py", "--preset", "papr"])
@@ -337,6 +354,8 @@ def test_tables_by_hand():
     against = [line for line in lines if line[:3] == ["arca", "-", "uniform"]]
     assert [line[6] for line in against] == ["37.5", "25.0", "0.300"]
     assert [line[5] for line in against] == ["2", "2", "2"]
+    assert [line[4] for line in lines[-3:-1]] == ["25.0", "62.5"]  # minus base's 25.0
+    assert "missing" in lines[-1]
 
 
 def test_pairs_are_of_the_same_seed():
