@@ -175,10 +175,10 @@ def rollout_in_double(rollout):
 
 
 def gradient_in_double(model, rollout, advantages, cfg, compare=False):
-    """Return what `gradient` does, computed in float64 from the same numbers."""
+    """Return what `gradient` does with a model in float64, from the same numbers."""
     given = (rollout_in_double(rollout), advantages.double(), cfg, compare)
     with double():
-        found, metrics, multipliers = gradient(in_double(model), *given)
+        found, metrics, multipliers = gradient(model, *given)
     assert found.dtype == multipliers.dtype == torch.float64
     return found, metrics, multipliers
 
