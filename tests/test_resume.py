@@ -11,7 +11,6 @@ import ast
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import platform
 import random
@@ -29,7 +28,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from helpers import tiny_model
+from helpers import forks, tiny_model
 from safetensors.torch import load_file, save_file
 
 import train
@@ -47,7 +46,6 @@ TIMING = {"seconds_rollout", "seconds_update", "tokens_per_second"}
 ADAPTER = "adapter/adapter_model.safetensors"
 SMALL = "--steps 6 --prompts 2 --samples 3 --max-new-tokens 16 --eval-problems 4 --eval-samples 2"
 SMALL = f"{SMALL} --save-every 2 --eval-every 3 --credit uniform --seed 2".split()
-PRELOAD = ["train", "torch._dynamo", "torch.distributed.run"]  # all that takes long to import
 CORES = len(os.sched_getaffinity(0))  # as many threads does torch use if nobody tells it otherwise
 PHASES = {"sampling": 0.1, "update": 0.1, "saving": 0.02, "evaluation": 0.1}  # and their seconds
 # Of main's run. It is starting while model and checkpoint are read, and before that importing.
@@ -100,13 +98,11 @@ def child(flags, log, pipe, moment, limit, breaks, threads):
 
 def start(folder, flags, moment=None, limit=resource.RLIM_INFINITY, breaks=0, threads=1):
     """A process that begins the run in this folder, or goes on with it, and a pipe from it."""
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(PRELOAD)
-    pipe, theirs = forks.Pipe()
+    pipe, theirs = forks().Pipe()
     more = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
     log = folder.with_suffix(".log")
     arguments = ([*flags, *more], log, theirs, moment, limit, breaks, threads)
-    process = forks.Process(target=child, args=arguments)
+    process = forks().Process(target=child, args=arguments)
     process.start()
     theirs.close()
     return process, pipe
