@@ -104,7 +104,7 @@ def sample_rows(rollout, chosen, signals, cfg, tokenizer):
     for row in chosen:
         problem = rollout.problems[row // rollout.rewards.shape[1]]
         at = (row, slice(rollout.completions.lengths[row]))  # its tokens
-        tokens = [tokenizer.decode([i]) for i in rollout.completions.tokens[at].tolist()]
+        tokens = tokenizer.pieces(rollout.completions.tokens[at].tolist())
         yield {
             "problem": problem["problem"], "gold": problem["answer"], "text": rollout.texts[row],
             "tokens": tokens, "reward": rollout.rewards.flatten()[row].item(), "credit": cfg.credit,
