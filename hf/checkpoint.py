@@ -104,8 +104,9 @@ def checkpoint_folder(path_or_id, revision=None) -> Path:
 def check_layout(folder: Path):
     """Raise UserError if a folder is something else than a checkpoint that we read, by its name."""
     names = {path.name for path in folder.iterdir()}
-    ends = {path.suffix for path in folder.iterdir()}
-    ends = set() if ".safetensors" in ends else ends
+    if any(folder.glob("model*.safetensors")):
+        names &= {"config.json"}  # nothing beside them matters
+    ends = {Path(name).suffix for name in names}
     adapter = "a LoRA adapter: give it as --adapter, and its base as --model"
     pickles = "only .bin files, which can hold code: convert them, by transformers' save_pretrained"
     kinds = {

@@ -64,7 +64,7 @@ def adapter_folder(path_or_id) -> Path:
     if len(inner) > 1:
         raise UserError(f"{folder} holds several adapters: give one, such as {inner[-1]}")
     if not inner and (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no adapter ({CONFIG}): a model is given as --model")
+        raise UserError(f"{folder} holds no adapter, {CONFIG} is missing: is it a --model?")
     return inner[0] if inner else folder
 
 

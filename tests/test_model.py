@@ -334,7 +334,7 @@ def test_quantised_checkpoints_are_refused_as_such(scratch, kind):
     "names, message",
     [
         (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter: give it as --adap"),
-        (["adapter_config.json", "config.json", "tokenizer.json"], "a LoRA adapter: give it as"),
+        (["adapter_config.json", "config.json", "adapter_model.bin"], "a LoRA adapter: give it as"),
         (["config.json", "trainer.safetensors", "metrics.jsonl"], "a LoRA adapter: give it as --a"),
         (["config.json", "tokenizer.json", "pytorch_model.bin"], r"only \.bin files, which can"),
         (["config.json", "pytorch_model-00001-of-00002.bin", "tokenizer.model"], r"only \.bin fi"),
