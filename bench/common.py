@@ -40,9 +40,9 @@ def config_of(shape):
 def write_random(shape, folder, dtype):
     """That model as a checkpoint that anyone loads, with the embedded model's tokenizer."""
     model = random_model(config_of(shape), "cpu", dtype)
-    config = json.loads((TINY / "config.json").read_text())
+    config = json.loads((TINY / "config.json").read_text("utf-8"))
     config |= {key: value for key, value in vars(model.config).items() if key in config}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_bytes(json.dumps(config).encode())
     state = {name: p for name, p in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, folder / "model.safetensors", metadata=dict(format="pt"))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -133,7 +133,7 @@ def held(device, what="VmRSS"):
         peak = what == "VmHWM"
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     except OSError:
         return None
     return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(what))
@@ -145,7 +145,7 @@ def forget_peak(device):
         torch.cuda.reset_peak_memory_stats()
     elif held(device) is not None:
         ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps is not in use
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
+        Path("/proc/self/clear_refs").write_bytes(b"5")  # VmHWM becomes VmRSS
 
 
 # ---- Limits --------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from system.errors import UserError
 
 def is_hub_id(name: str) -> bool:
     """Return whether a name has the form USER/NAME and nothing here is called so."""
-    return name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
+    is_path = name[:1] in "./~" or ":" in name or Path(name).exists()  # C:/models
+    return name.count("/") == 1 and not is_path
 
 
 def hub_folder(repo, revision=None, needed=(), optional=(), kind="model") -> Path:

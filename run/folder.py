@@ -28,7 +28,9 @@ def run_name(cfg) -> str:
     """Return what a run without --out is called: what it does."""
     parts = [cfg.credit, Path(cfg.model).name, Path(cfg.data).stem, f"seed{cfg.seed}"]
     if cfg.adapter:  # runs/A/adapter is the adapter of A
-        parts += ["from", Path(cfg.adapter.removesuffix("/adapter")).name]
+        path = Path(cfg.adapter)
+        path = path.parent if path.name == "adapter" and path.parent.name else path
+        parts += ["from", path.name]
     return "-".join(parts)
 
 
