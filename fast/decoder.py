@@ -120,7 +120,7 @@ class Decoder:
         self.stacks = [[Stack() for _ in range(4)] for _ in model.model.layers]
         # What no step needs to compute again: the rotary table, and the q and k norms side by side.
         positions = torch.arange(columns, device=device)[None]
-        cos, sin = rotary(positions, config.head_dim, config.rope_theta, dtype)
+        cos, sin = rotary(positions, config.head_dim, config.rope_theta, dtype, config.llama3_rope)
         self.cos, self.sin = cos[0, 0], sin[0, 0]  # (columns, K)
         self.qk_weights = []  # a layer's: (H + H_kv, K)
         for block in model.model.layers if config.qk_norm else ():

@@ -63,13 +63,14 @@ def tiny_model(seed=0, **changes) -> Qwen3:
     return randomise(Qwen3(config_from_dict(raw)), seed)
 
 
-def hf_model(family="qwen3", seed=0, rope_theta=500.0, **changes):
-    """Return a random model of transformers; `changes` are fields of its config."""
+def hf_model(family="qwen3", seed=0, rope_theta=500.0, rope=None, **changes):
+    """Return a random model of transformers; `changes` are fields of its config, and `rope` of its
+    rope_parameters."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    rope = dict(rope_type="default", rope_theta=rope_theta)
+    rope = dict(rope_type="default", rope_theta=rope_theta) | (rope or {})
     config = transformers.AutoConfig.for_model(family, **SHAPE | changes, rope_parameters=rope)
     return randomise(transformers.AutoModelForCausalLM.from_config(config), seed)
 

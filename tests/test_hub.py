@@ -150,6 +150,7 @@ def child(function, args, env, logs):
         if name.startswith("HF_") or "proxy" in name.lower():
             del os.environ[name]
     os.environ |= env
+    sys.path[:0] = filter(None, [os.environ.get("HUB_AT")])  # another huggingface_hub, to try it
     os.chdir(ROOT)
     torch.set_num_threads(1)
     function(*args)
@@ -232,6 +233,7 @@ def test_a_pinned_checkpoint_and_then_without_network(hub, sharded, tmp_path):
     hub.log.clear()
     assert read(hub, tmp_path, call) == [path]
     assert hub.asked() == hub.asked("HEAD") == []
+    hub.log.clear()
     assert read(hub, tmp_path, call, ["model", "some/tiny"], HF_HUB_OFFLINE="1") == [
         path,
         "some/tiny is not all in the cache, and the Hub out of reach: unset HF_HUB_OFFLINE",

@@ -10,6 +10,7 @@ kill can be aimed at any of these, and at what comes before.
 import ast
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import platform
@@ -29,6 +30,7 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers import forks, tiny_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train
@@ -408,6 +410,51 @@ def test_files_are_on_the_disk_before_they_count(monkeypatch, tmp_path):
         ("sync", tmp_path.name),
     ]
     assert seen[:4] == order
+
+
+def as_on_windows(monkeypatch):
+    """Have folders not be opened, files be synced through handles that may write only, and nothing
+    that is open or mapped be replaced: as on Windows."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    def open_file(path, flags, *rest):
+        return refuse() if os.path.isdir(path) else os_open(path, flags, *rest)
+
+    def sync(handle):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        fsync(handle)
+
+    def in_use(path):
+        handles = {os.path.realpath(x) for x in Path("/proc/self/fd").iterdir()}
+        return str(path) in handles or str(path) in Path("/proc/self/maps").read_text()
+
+    os_open, fsync, replace = os.open, os.fsync, os.replace
+    move = lambda a, b: refuse() if in_use(a) or in_use(b) else replace(a, b)  # noqa: E731
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", move)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
+def test_a_run_saves_its_files_as_windows_allows(monkeypatch, tmp_path):
+    """No run can start on Windows, or none goes on: a folder is opened, or a checkpoint replaced
+    that is still mapped."""
+    as_on_windows(monkeypatch)
+    cfg = train.Settings(out=str(tmp_path), keep_checkpoints=2)
+    for step in (1, 2, 3):
+        model, optimizer = state(step)
+        files.append(tmp_path / "metrics.jsonl", dict(step=step))
+        checkpoints.save(tmp_path, model, optimizer, step, cfg)
+        held, found = checkpoints.newest_checkpoint(tmp_path)  # of the step before, still in use
+        again = load_adapter(tiny_model(lora=False), tmp_path)
+        assert found == step and held
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(again(ids), model(ids))
+    with safe_open(tmp_path / "trainer.safetensors", "pt"), pytest.raises(OSError, match="denied"):
+        checkpoints.save(tmp_path, model, optimizer, 4, cfg)  # the simulation does refuse
 
 
 # ---- Stopped -------------------------------------------------------------------------------------
