@@ -42,7 +42,7 @@ def write_config(shape, folder):
     """config.json of that shape: all that `train.py --random-init` reads."""
     config = json.loads((TINY / "config.json").read_text())
     config |= {key: value for key, value in vars(config_of(shape)).items() if key in config}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_bytes(json.dumps(config).encode())
 
 
 def write_random(shape, folder, dtype):
