@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer as TokenizerFile
 
+from hf.chat import Turn
 from hf.hub import hub_folder, is_hub_id
 from model import Config, Qwen3
 from system.errors import UserError
@@ -78,7 +79,7 @@ def checkpoint_folder(path_or_id, revision=None) -> Path:
 
 def hub_model(repo, revision=None) -> Path:
     """Download what we read of a checkpoint on the Hub, all of one commit; return its folder."""
-    optional = [INDEX, "generation_config.json"]
+    optional = [INDEX, "generation_config.json", "tokenizer_config.json", "chat_template.jinja"]
     folder = hub_folder(repo, revision, ["config.json", "tokenizer.json"], optional)
     return hub_folder(repo, folder.name, weight_files(folder))  # its name is the commit
 
@@ -142,14 +143,32 @@ def random_model(config: Config, device="cpu", dtype=torch.float32, seed=0) -> Q
 
 @dataclass
 class Tokenizer:
-    """tokenizer.json, run by the tokenizers library, and the ids that end a text."""
+    """tokenizer.json, run by the tokenizers library, the ids that end a text, and the user's turn
+    of a model that is to chat."""
 
     file: TokenizerFile
     eos_ids: list[int]
+    turn: Turn | None = None
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text; half of a surrogate pair counts as a question mark."""
-        return self.file.encode(text.encode("utf-8", "replace").decode()).ids
+    def encode(self, text: str, special=True) -> list[int]:
+        """Return the token ids of a text; half of a surrogate pair counts as a question mark.
+        special: with the tokens that some tokenizers put before every text."""
+        known = text.encode("utf-8", "replace").decode()
+        return self.file.encode(known, add_special_tokens=special).ids
+
+    def prompt_text(self, text: str) -> str:
+        """Return a prompt as the model reads it: as it is, or as a user's turn."""
+        return self.turn.around(text) if self.turn else text
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a prompt. (A chat template writes the special tokens itself.)"""
+        return self.encode(self.prompt_text(text), special=self.turn is None)
+
+    def count_prompts(self, texts: list[str]) -> list[int]:
+        """Return how many ids encode_prompt gives each text; all cores do it."""
+        texts = [self.prompt_text(text).encode("utf-8", "replace").decode() for text in texts]
+        found = self.file.encode_batch_fast(texts, add_special_tokens=self.turn is None)
+        return [len(encoding) for encoding in found]
 
     def decode(self, ids) -> str:
         """Return the text of ids, special tokens included; what is not UTF-8 becomes U+FFFD."""

@@ -10,6 +10,7 @@ import torch
 
 from data.problems import TINY, prompt_text
 from hf import checkpoint
+from hf.chat import load_turn
 from hf.peft import adapter_folder, load_adapter, read_config
 from run.checkpoints import resumed_settings
 from system.errors import Parser, UserError, check_numbers, flag_name
@@ -19,10 +20,13 @@ DTYPES = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
 FLAGS = {  # name: (default, help)
     "model": (str(TINY), "a checkpoint folder or a Hub id"), "revision": ("", "of the Hub id"),
     "adapter": ("", "a PEFT adapter: its folder, that of a run, or a Hub id"),
-    "data": ("tiny", "tiny, math, math500, gsm8k or a JSONL file"),
+    "data": ("tiny", "tiny, math, math500, gsm8k or a file (JSONL, JSON, CSV, parquet)"),
+    "system": ("", "with --chat: what the system's message says; default: the template's own"),
+    "thinking": ("", "with --chat, of Qwen3: on or off"),
     "device": ("auto", "auto, cpu, cuda, cuda:1, ..."), "seed": (1, "of everything that is random"),
     "dtype": ("auto", "of the frozen weights: fp32, bf16, or auto (fp32 on CPU)"),
 }  # fmt: skip
+CHAT = "prompt as a user's turn, by the model's own chat template"
 SAMPLE_FLAGS = {
     "samples": (1, "completions a problem"), "problems": (3, "how many of --data"),
     "max_new_tokens": (256, "longer completions are cut off"), "temperature": (0.0, "0: greedy"),
@@ -44,7 +48,7 @@ PRESETS = {"": {}, "paper": PAPER}
 # ---- The shared flags, and what they load --------------------------------------------------------
 def add_flags(parser, flags):
     """Add to a parser the FLAGS that every command line has, and `flags` of the same form."""
-    parser.add_argument("--chat", action="store_true", help="prompt as a chat turn (ChatML)")
+    parser.add_argument("--chat", action="store_true", help=CHAT)
     for name, (default, text) in (FLAGS | flags).items():
         parser.add_argument(flag_name(name), type=type(default), default=default, help=text)
 
@@ -78,6 +82,18 @@ def check_fit(tokenizer, model, name):
         raise UserError(f"{name}: tokenizer or eos_token_id has id {last}, the model {size} tokens")
 
 
+def load_text(cfg, folder):
+    """Return the tokenizer of a checkpoint, which with --chat writes prompts as a user's turn."""
+    tokenizer = checkpoint.load_tokenizer(folder)
+    check_choice("thinking", cfg.thinking, ("", "on", "off"))
+    if cfg.chat:
+        tokenizer.turn, ends = load_turn(folder, tokenizer, cfg.system, cfg.thinking)
+        tokenizer.eos_ids = [*dict.fromkeys(tokenizer.eos_ids + ends)]
+    elif cfg.system or cfg.thinking:
+        raise UserError("--system and --thinking are about chat models: add --chat")
+    return tokenizer
+
+
 def load_base(cfg):
     """Return the frozen model and its tokenizer, as FLAGS or the Settings of train.py ask."""
     device = cfg.device
@@ -89,14 +105,12 @@ def load_base(cfg):
     folder = checkpoint.checkpoint_folder(cfg.model, cfg.revision)
     if getattr(cfg, "random_init", False):  # config.json is enough; the text is the embedded one's
         config = checkpoint.config_from_dict(read_json(folder / "config.json"))
-        tokenizer = checkpoint.load_tokenizer(TINY)
+        tokenizer = load_text(cfg, TINY)
         model = checkpoint.random_model(config, device, dtype)
     else:
-        tokenizer = checkpoint.load_tokenizer(folder)
+        tokenizer = load_text(cfg, folder)
         model = checkpoint.load_model(folder, device, dtype)
     check_fit(tokenizer, model, cfg.model)
-    if cfg.chat and tokenizer.file.token_to_id("<|im_start|>") is None:
-        raise UserError("--chat: this tokenizer has no <|im_start|>, so the model knows no ChatML")
     if getattr(cfg, "adapter", ""):
         load_adapter(model, cfg.adapter)
     return model, tokenizer

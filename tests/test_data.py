@@ -100,6 +100,14 @@ class Letters:
         self.read += len(text)
         return self.pattern.findall(text)
 
+    encode_prompt = encode
+
+    def prompt_text(self, text):
+        return text
+
+    def count_prompts(self, texts):
+        return [len(self.encode(text)) for text in texts]
+
 
 def split(tmp_path, train, test, limit=10**6, problems=100, tokenizer=None):
     """load_split of problem texts in two files: (texts, held-out texts, note)."""
@@ -167,8 +175,6 @@ def test_prompt():
     plain = "Solve this math problem step by step. Put your final answer in \\boxed{}.\n\n"
     plain += "Problem: " + problem + "\n"
     assert prompt_text(problem) == plain
-    turn = "<|im_start|>user\n" + plain + "<|im_end|>\n<|im_start|>assistant\n"
-    assert prompt_text(problem, chat=True) == turn
 
 
 # ---- Twelve solvers that know a problem's text and nothing else ----------------------------------

@@ -270,7 +270,7 @@ def test_help_names_every_setting():
     command = [sys.executable, "train.py", "--help"]
     done = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    flags = """credit preset model revision adapter random-init chat data eval-data eval-problems
+    flags = """credit preset model revision adapter random-init chat system thinking data eval-data eval-problems
         eval-samples eval-every steps prompts samples max-prompt-tokens max-new-tokens temperature
         top-p rank alpha lr sharpening warmup beta2 max-grad-norm advantage aggregate
         epochs-per-rollout clip-eps-low clip-eps-high kl-coef micro-batch-tokens
