@@ -51,8 +51,7 @@ class Rollout:
 
 
 def reward(text: str, problem: dict) -> float:
-    """Return what a completion of a problem earns, from 0 to 1. To train for something else, change
-    this function; evaluations go on counting right answers."""
+    """Return what a completion earns, from 0 to 1. Make it yours: evaluations go on by `verify`."""
     return float(verify(text, problem["answer"]))
 
 
@@ -64,8 +63,7 @@ def needed_signals(cfg, compare=False) -> set[str]:
 
 
 def sample_rollout(model, tokenizer, problems, cfg, step, compare=False) -> Rollout:
-    """Sample cfg.samples completions of each problem and reward them. UserError if a reward is not
-    from 0 to 1. cfg: the Settings of train.py."""
+    """Sample cfg.samples completions of each problem and reward them; cfg: Settings of train.py."""
     P, G = len(problems), cfg.samples
     prompts = [add_prompts(problem, tokenizer)["prompt"] for problem in problems]
     needed = needed_signals(cfg, compare)

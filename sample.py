@@ -79,10 +79,9 @@ def number_samples(prompts, n):
     comes again are further ones: of P Q P with n = 2, they are P0 P1, Q0 Q1, P2 P3."""
     taken = Counter()
     numbered = []
-    for prompt in prompts:
-        copy = tuple(prompt)
-        numbered += [(prompt, taken[copy] + i) for i in range(n)]
-        taken[copy] += n
+    for prompt in map(tuple, prompts):
+        numbered += [(prompt, taken[prompt] + i) for i in range(n)]
+        taken[prompt] += n
     return numbered
 
 

@@ -146,7 +146,7 @@ def load_problems(source: str, split="train") -> list[dict]:
     elif path.exists() and not path.is_dir():
         rows = data_rows(path)
     else:
-        raise UserError(f"no data {source}: give a JSONL file, or one of tiny, {', '.join(HUB)}")
+        raise UserError(f"no data {source}: give a data file, or one of tiny, {', '.join(HUB)}")
     return with_golds([as_problem(row, where) for row, where in rows], source)
 
 

@@ -37,7 +37,7 @@ def render(template: str, cases: list[dict]) -> list[str]:
     command = [sys.executable, "-P", str(Path(__file__).with_name("template.py"))]
     ask = json.dumps(dict(template=template, cases=cases)).encode()
     try:
-        done = subprocess.run(command, input=ask, capture_output=True, timeout=3 * SECONDS)
+        done = subprocess.run(command, input=ask, capture_output=True, timeout=4 * SECONDS)
         found = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):  # ValueError: it was ended, and wrote nothing
         found = dict(error="it takes too long, or too much memory")

@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from datetime import datetime
 
-SECONDS = 20  # of CPU time
+SECONDS = 5  # of CPU time
 MEMORY = 2**30  # bytes
 LONGEST = 2**20  # characters of a text
 
