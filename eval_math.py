@@ -85,12 +85,12 @@ def evaluate(
     # 1) Write and grade the answers. Each process does its share of the problems.
     P = len(prompts)
     mine = processes.share(range(P))
-    own = [prompts[i] for i in mine]
     limits = dict(max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids, seed=seed, step=-1)
-    greedy = generate(model, own, temperature=0, **limits)
+    limits["only"] = mine
+    greedy = generate(model, prompts, temperature=0, **limits)
     rows = answers_of(greedy, tokenizer, mine, golds)
     if samples > 0:
-        sampled = generate(model, own, samples, temperature=temperature, top_p=top_p, **limits)
+        sampled = generate(model, prompts, samples, temperature=temperature, top_p=top_p, **limits)
         rows += answers_of(sampled, tokenizer, mine, golds, samples)
     graded(rows, strict)
 
@@ -116,7 +116,7 @@ def evaluate_problems(cfg) -> list[dict]:
     """Evaluate the model of the flags on their problems; print the rates and return the rows."""
     model, tokenizer = load_base(cfg)
     problems = load_problems(cfg.data, "test")[: cfg.problems]
-    prompts = [tokenizer.encode(prompt_text(p["problem"], cfg.chat)) for p in problems]
+    prompts = [tokenizer.encode_prompt(prompt_text(p["problem"])) for p in problems]
     golds = [p["answer"] for p in problems]
     sampling = (cfg.samples, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
     result, rows = evaluate(model, tokenizer, prompts, golds, *sampling, not cfg.stated)
@@ -132,7 +132,7 @@ def main():
     if cfg.out and Path(cfg.out).exists():
         raise UserError(f"{cfg.out} exists: give another --out")
     if cfg.grade:
-        rows = graded(answers.read_answers(cfg.grade, "completion", "gold"), not cfg.stated)
+        rows = graded(answers.read_completions(cfg.grade), not cfg.stated)
     else:
         rows = evaluate_problems(cfg)
     answers.print_groups([row for row in rows if row.get("sample") is None])

@@ -21,10 +21,12 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
 import credit
+from data.problems import add_prompts
 from eval_math import verify
 from lora import adapter_off, lora_parameters
-from sample import Completions, entropy, generate, uniforms
+from sample import Completions, entropy, generate, number_samples, uniforms
 from system import processes
+from system.errors import UserError
 
 try:
     import fast.packing as fast
@@ -49,6 +51,11 @@ class Rollout:
     noise: torch.Tensor | None = None  # (B, T) uniforms for the controls
 
 
+def reward(text: str, problem: dict) -> float:
+    """Return what a completion earns, from 0 to 1. Make it yours: evaluations go on by `verify`."""
+    return float(verify(text, problem["answer"]))
+
+
 def needed_signals(cfg, compare=False) -> set[str]:
     """Return the signals that the rule in cfg reads, or with compare that any rule reads."""
     rules = credit.METHODS.values() if compare else [credit.METHODS[cfg.credit]]
@@ -57,10 +64,9 @@ def needed_signals(cfg, compare=False) -> set[str]:
 
 
 def sample_rollout(model, tokenizer, problems, cfg, step, compare=False) -> Rollout:
-    """Sample cfg.samples completions of each problem and grade them: 1.0 or 0.0. A problem has the
-    ids of its `prompt` and the gold `answer`; cfg: the Settings of train.py."""
+    """Sample cfg.samples completions of each problem and reward them; cfg: Settings of train.py."""
     P, G = len(problems), cfg.samples
-    prompts = [problem["prompt"] for problem in problems]
+    prompts = [add_prompts(problem, tokenizer)["prompt"] for problem in problems]
     needed = needed_signals(cfg, compare)
     # A rule that must see the whole step reads what the sampler saw, since no pass sees all of it.
     rule = credit.METHODS[cfg.credit]
@@ -73,21 +79,22 @@ def sample_rollout(model, tokenizer, problems, cfg, step, compare=False) -> Roll
     mine = processes.share(range(P))
     limits = (cfg.max_new_tokens, cfg.temperature, cfg.top_p)
     keyed = dict(eos_ids=tokenizer.eos_ids, seed=cfg.seed, step=step, keep=needed & from_sampler)
-    own = generate(model, [prompts[i] for i in mine], G, *limits, **keyed)
+    own = generate(model, prompts, G, *limits, **keyed, only=mine)
     completions = processes.gather(own, [i * G + j for i in mine for j in range(G)], P * G)
 
-    # 2) Grade.
+    # 2) Reward.
     texts = completions.texts(tokenizer)
-    golds = [problem["answer"] for problem in problems for _ in range(G)]
-    verdicts = [float(verify(text, gold)) for text, gold in zip(texts, golds, strict=True)]
+    rewards = [float(reward(text, problems[i // G])) for i, text in enumerate(texts)]
+    if not all(0 <= x <= 1 for x in rewards):  # NaN, too
+        raise UserError(f"reward() in grpo.py gave {rewards[0]} ...: return a number from 0 to 1")
 
     # 3) The controls' noise: the streams of samples -1, -2, ..., which nothing else uses.
     noise = None
     if "noise" in needed:
         T = completions.tokens.shape[1]
-        streams = [uniforms(cfg.seed, step, p, -1 - i, T) for p in prompts for i in range(G)]
+        streams = [uniforms(cfg.seed, step, p, -1 - i, T) for p, i in number_samples(prompts, G)]
         noise = torch.from_numpy(np.stack(streams))
-    return Rollout(problems, completions, texts, torch.tensor(verdicts).view(P, G), noise)
+    return Rollout(problems, completions, texts, torch.tensor(rewards).view(P, G), noise)
 
 
 # ---- Advantages ----------------------------------------------------------------------------------

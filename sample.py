@@ -12,6 +12,7 @@ differently, in fp32 by about 1e-6, and a token changes if its uniform falls in 
 """
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 
@@ -73,6 +74,17 @@ def uniforms(seed, step, prompt, sample, length):
     digest = hashlib.blake2b(key, digest_size=16).digest()
     philox = np.random.Philox(key=int.from_bytes(digest, "little"))
     return np.random.Generator(philox).random(length)
+
+
+def number_samples(prompts, n):
+    """Return (prompt, number of its sample) for n samples of each prompt. Those of a prompt that
+    comes again are further ones: of P Q P with n = 2, they are P0 P1, Q0 Q1, P2 P3."""
+    taken = Counter()
+    numbered = []
+    for prompt in map(tuple, prompts):
+        numbered += [(prompt, taken[prompt] + i) for i in range(n)]
+        taken[prompt] += n
+    return numbered
 
 
 def top_p_filter(probs, top_p=1.0, top_k=0, mass=None):
@@ -251,18 +263,23 @@ def row_bytes(model, columns):
 
 def generate(
     model, prompts: list[list[int]], n=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0,
-    eos_ids=(), seed=0, step=0, max_rows=256, keep=(),
+    eos_ids=(), seed=0, step=0, max_rows=256, keep=(), only=None,
 ) -> Completions:  # fmt: skip
     """Sample n completions of each prompt (token ids), each ended by one of eos_ids or cut off.
 
-    seed and step key the uniforms; temperature 0 takes the likeliest token. keep: "entropy" and
-    "hidden" are the optional fields. At most max_rows rows and cache_bytes of cache (or one
-    prompt's n rows) are in memory at a time, which changes no completion. Results are on the CPU.
-    UserError on an empty prompt, n or max_new_tokens below 1, a negative temperature, top_p of 0.
+    seed and step key the uniforms; temperature 0 takes the likeliest token. only: the places of the
+    prompts to complete, such as a process' share. keep: "entropy" and "hidden" are optional fields.
+    At most max_rows rows and cache_bytes of cache (or one prompt's n rows) are in memory at a time,
+    which changes no completion. Results are on the CPU. UserError on an empty prompt, n or
+    max_new_tokens below 1, a negative temperature, top_p of 0.
     """
     if min(n, max_new_tokens) < 1 or not temperature >= 0 or not top_p > 0 or not all(prompts):
         raise UserError("nothing to sample: no prompt, n, length or top-p, or a bad temperature")
     device = model.device
+    only = range(len(prompts)) if only is None else only
+    numbered = number_samples(prompts, n)
+    numbered = [numbered[i * n + j] for i in only for j in range(n)]
+    prompts = [prompts[i] for i in only]
     B, T = len(prompts) * n, max_new_tokens
 
     # 1) Decode into tensors, as many rows at a time as the cache may hold.
@@ -271,7 +288,7 @@ def generate(
         out["hidden"] = torch.zeros(B, T + BLOCK, model.config.hidden_size, device=device)
     out["tokens"] = torch.zeros(B, T + BLOCK, dtype=torch.long, device=device)
     if prompts:
-        streams = [uniforms(seed, step, p, i, T + BLOCK) for p in prompts for i in range(n)]
+        streams = [uniforms(seed, step, p, i, T + BLOCK) for p, i in numbered]
         u = torch.from_numpy(np.stack(streams)).to(device)
         most = cache_bytes(device) // row_bytes(model, max(map(len, prompts)) + T)
         slots = max(n, min(max_rows, most, B))
@@ -300,7 +317,7 @@ def main():
     problems = [dict(problem=cfg.problem)] if cfg.problem else load_problems(cfg.data, "test")
     how = (cfg.samples, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
     for problem in problems[: cfg.problems]:
-        prompt = tokenizer.encode(prompt_text(problem["problem"], cfg.chat))
+        prompt = tokenizer.encode_prompt(prompt_text(problem["problem"]))
         found = generate(model, [prompt], *how, eos_ids=tokenizer.eos_ids, seed=cfg.seed)
         found.check()
         gold = f"  (gold: {problem['answer']})" if "answer" in problem else ""

@@ -27,7 +27,7 @@ from eval_math import evaluate
 from grpo import ADVANTAGES, group_advantages, sample_rollout, update
 from lora import lora_parameters
 from run.checkpoints import adapt, resume_or_start, save, uninterrupted
-from run.flags import FLAGS, PRESETS, load_base, parse_settings
+from run.flags import CHAT, FLAGS, PRESETS, load_base, parse_settings
 from run.folder import keep_samples, new_run, recorder, show, show_evaluation, summary, warn
 from run.metrics import diagnose, measure
 from system import processes
@@ -50,10 +50,12 @@ class Settings:
     revision: str = setting(*FLAGS["revision"])
     adapter: str = setting(*FLAGS["adapter"])
     random_init: bool = setting(False, "random weights; needs only the model's config.json")
-    chat: bool = setting(False, "prompt as a chat turn (ChatML), for instruction-tuned models")
+    chat: bool = setting(False, CHAT)
+    system: str = setting(*FLAGS["system"])
+    thinking: str = setting(*FLAGS["thinking"], ("", "on", "off"))
     data: str = setting(*FLAGS["data"])
     eval_data: str = setting("", "as --data; default: the test split, or every 10th line of a file")
-    eval_problems: int = setting(500, "held-out problems to evaluate on")
+    eval_problems: int = setting(500, "held-out problems to evaluate on; 0: no evaluation")
     eval_samples: int = setting(4, "samples a problem for pass@k; 0 for greedy only")
     eval_every: int = setting(0, "steps between evaluations; 0 for before and after only")
     # rollouts
@@ -100,7 +102,7 @@ def lr_at(step, cfg: Settings):
 
 
 def is_evaluated(step, cfg):
-    """Return whether a run is evaluated here: before it, after it, and every eval_every steps."""
+    """Return whether this is a step to look at: before a run, after it, and every eval_every."""
     return step in (0, cfg.steps) or (cfg.eval_every > 0 and step % cfg.eval_every == 0)
 
 
@@ -132,7 +134,8 @@ def main():
     processes.wait()  # the first process may have cut the files back to a checkpoint
     history = read_rows(folder / "metrics.jsonl")
     evals = read_rows(folder / "evals.jsonl")
-    if history and evals[-1]["step"] == cfg.steps:
+    ended = evals if held_out else history
+    if history and ended[-1]["step"] == cfg.steps:
         return print(printable(f"{folder} has finished its {cfg.steps} steps: nothing to do"))
     record = recorder(folder, cfg, done)
     size = sum(p.numel() for p in trained)
@@ -141,7 +144,7 @@ def main():
 
     def evaluate_once(step):
         """Evaluate if it is time to, unless an interrupted run has already done so."""
-        if is_evaluated(step, cfg) and (not evals or evals[-1]["step"] < step):
+        if held_out and is_evaluated(step, cfg) and (not evals or evals[-1]["step"] < step):
             evals.append(evaluate_step(model, tokenizer, held_out, cfg, step))
             record("evals.jsonl", evals[-1])
 
@@ -178,7 +181,7 @@ def main():
                 metrics["tokens_per_second"] = metrics["completion_tokens"] / (ended - started)
                 record("metrics.jsonl", metrics)
                 history.append(metrics)
-                show(bar, metrics, evals[-1]["greedy"])
+                show(bar, metrics, evals)
                 warn(history, model, cfg)
                 if compare:
                     keep_samples(record, rollout, signals, cfg, tokenizer, step)

@@ -48,9 +48,9 @@ from credit import METHODS, Signals, effective_token_ratio, gini, token_weights
 # What the command needs:
 from data.problems import NEGATIVE, load_split, problems_of_step, prompt_text
 from eval_math import evaluate, verify
-from hf.checkpoint import checkpoint_folder, load_tokenizer
+from hf.checkpoint import checkpoint_folder
 from hf.peft import read_config
-from run.flags import check, load_base
+from run.flags import check, load_base, load_text
 from run.folder import run_name, show_evaluation
 from system import processes
 from system.errors import Parser, UserError, flag_name, run_cli
@@ -314,15 +314,16 @@ def reward(completions, answer, **rest):
     return [float(verify(text, gold)) for text, gold in zip(completions, answer, strict=True)]
 
 
-def data_set(train, cfg):
+def data_set(train, tokenizer, cfg):
     """Return the problems of all steps as TRL wants them, in the order in which train.py has them;
     `negative_prompt` is what gcpo's contrast is to."""
     steps = [problems_of_step(train, cfg.prompts, cfg.seed, i + 1) for i in range(cfg.steps)]
     rows = []
     for problem in itertools.chain(*steps):
         text = problem["problem"]
-        row = dict(prompt=prompt_text(text, cfg.chat), answer=problem["answer"])
-        rows.append(row | dict(negative_prompt=prompt_text(text, cfg.chat, NEGATIVE)))
+        row = dict(prompt=tokenizer.prompt_text(prompt_text(text)), answer=problem["answer"])
+        negative = tokenizer.prompt_text(prompt_text(text, NEGATIVE))
+        rows.append(row | dict(negative_prompt=negative))
     return Dataset.from_list(rows)
 
 
@@ -352,18 +353,18 @@ def main():
     disable_progress_bar()
     # First of all: here the processes meet, and ZeRO-3 learns that it is to load the model.
     config = grpo_config(cfg, args.rows, args.vllm)
-    tokenizer = load_tokenizer(checkpoint_folder(cfg.model))
+    tokenizer = load_text(cfg, checkpoint_folder(cfg.model))
     train, held_out, left_out = load_split(cfg, tokenizer)
     if processes.rank() == 0:
         print(f"{cfg.credit} on {cfg.model}, by TRL: {left_out}", flush=True)
-    if not args.skip_eval:
+    if held_out and not args.skip_eval:
         evaluate_adapter(cfg, args.adapter, held_out, 0)
     model, lora = policy(cfg, args.adapter, config)
     trainer = CreditGRPOTrainer(
         model,
         reward,
         config,
-        data_set(train, cfg),
+        data_set(train, tokenizer, cfg),
         processing_class=AutoTokenizer.from_pretrained(cfg.model, padding_side="left"),
         peft_config=lora,
         callbacks=[Show()],
@@ -375,7 +376,7 @@ def main():
     trainer.save_model()  # PEFT's format, which eval_math.py reads
     trainer.save_state()  # trainer_state.json: what TRL logged at each step
     trainer.accelerator.wait_for_everyone()
-    if not args.skip_eval:
+    if held_out and not args.skip_eval:
         evaluate_adapter(cfg, cfg.out, held_out, cfg.steps)
     if processes.rank() == 0:
         print(f"the adapter is in {cfg.out}: python eval_math.py --adapter {cfg.out}")

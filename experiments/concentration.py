@@ -104,7 +104,7 @@ def main():
     cfg = parse_flags()
     model, tokenizer = load_base(cfg)
     problems = load_problems(cfg.data, "test")[: cfg.problems]
-    problems = [add_prompts(p, tokenizer, cfg.chat) for p in problems]
+    problems = [add_prompts(p, tokenizer) for p in problems]
     signals = sample_signals(model, tokenizer, problems, cfg)
     lengths = signals.mask.sum(dim=1).float()
     about = dict(completions=len(lengths), mean_tokens=round(lengths.mean().item(), 1))

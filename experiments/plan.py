@@ -159,6 +159,7 @@ def of_model(run, *names):
     pairs |= {name: cfg[name] for name in names}
     pairs["adapter"] = str(run.folder / "adapter") if run.cell[0] != "base" else ""
     words = [w for k, v in pairs.items() if v for w in (flag_name(k), str(v))]
+    words += [w for k in ("system", "thinking") if cfg[k] for w in (flag_name(k), cfg[k])]
     return words + ["--chat"] * cfg["chat"]
 
 

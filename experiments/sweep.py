@@ -31,7 +31,7 @@ from train import Settings
 
 # Settings of train.py that a sweep may have otherwise, the same for all its runs.
 BUDGET = """steps prompts samples max_new_tokens eval_problems lr micro_batch_tokens
-    model revision data eval_data device dtype chat"""
+    model revision data eval_data device dtype chat system thinking"""
 
 
 # ---- Doing it ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer as TokenizerFile
 
+from hf.chat import Turn
 from hf.hub import hub_folder, is_hub_id
 from model import Config, Qwen3
 from system.errors import UserError
@@ -124,6 +125,7 @@ def check_layout(folder: Path):
 def hub_model(repo, revision=None) -> Path:
     """Download what we read of a checkpoint on the Hub, all of one commit; return its folder."""
     first = ["config.json", ADAPTER, "model.safetensors", INDEX, "generation_config.json"]
+    first += ["tokenizer_config.json", "chat_template.jinja"]
     folder = hub_folder(repo, revision, optional=first)
     if (folder / ADAPTER).exists():
         check_layout(folder)
@@ -209,22 +211,40 @@ def random_model(config: Config, device="cpu", dtype=torch.float32, seed=0) -> Q
 
 @dataclass
 class Tokenizer:
-    """tokenizer.json, run by the tokenizers library, and the ids that end a text."""
+    """tokenizer.json, run by the tokenizers library, the ids that end a text, and the user's turn
+    of a model that is to chat."""
 
     file: TokenizerFile
     eos_ids: list[int]
     size: int = 2**31  # of the model's vocabulary, once it is known
+    turn: Turn | None = None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special=True) -> list[int]:
         """Return the token ids of a text; half of a surrogate pair counts as a question mark.
-        UserError on a token that the model has no embedding of, such as a [PAD] added later."""
-        found = self.file.encode(text.encode("utf-8", "replace").decode())
+        special: with the tokens that some tokenizers put before every text. UserError on a token
+        that the model has no embedding of, such as a [PAD] added later."""
+        known = text.encode("utf-8", "replace").decode()
+        found = self.file.encode(known, add_special_tokens=special)
         last = max(found.ids, default=0)
         if last >= self.size:
             at = found.offsets[found.ids.index(last)][0]
             where = f"{found.tokens[found.ids.index(last)]!r} in the text {text[at : at + 60]!r}"
             raise UserError(f"the model has no embedding for {where}: leave it out")
         return found.ids
+
+    def prompt_text(self, text: str) -> str:
+        """Return a prompt as the model reads it: as it is, or as a user's turn."""
+        return self.turn.around(text) if self.turn else text
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a prompt. (A chat template writes the special tokens itself.)"""
+        return self.encode(self.prompt_text(text), special=self.turn is None)
+
+    def count_prompts(self, texts: list[str]) -> list[int]:
+        """Return how many ids encode_prompt gives each text; all cores do it."""
+        texts = [self.prompt_text(text).encode("utf-8", "replace").decode() for text in texts]
+        found = self.file.encode_batch_fast(texts, add_special_tokens=self.turn is None)
+        return [len(encoding) for encoding in found]
 
     def decode(self, ids) -> str:
         """Return the text of ids, special tokens included; what is not UTF-8 becomes U+FFFD."""

@@ -4,6 +4,8 @@ import itertools
 import math
 from pathlib import Path
 
+from data.problems import columns, gold_of, names_of, with_golds
+from data.tables import data_rows
 from system.errors import UserError, printable
 from system.files import read_lines, to_json, write_whole
 
@@ -21,6 +23,19 @@ def read_answers(path: str, *keys: str) -> list[dict]:
     if not rows:
         raise UserError(f"{path} holds no answers: give another file")
     return rows
+
+
+def read_completions(path: str) -> list[dict]:
+    """Return the rows of a data file of completions, each with its `gold` answer: it is in any
+    column and form that a problem may have it in. UserError names a row that lacks one of them."""
+    rows = []
+    for row, where in data_rows(Path(path)):
+        gold = gold_of(columns({**row, "completion": None}))
+        if "completion" not in row or gold is None:
+            wanted = "`completion`, and `gold` or `answer`"
+            raise UserError(f"{where} is no answer: it needs {wanted}, and has {names_of(row)}")
+        rows.append(row | dict(gold=gold))
+    return with_golds(rows, path, "gold")
 
 
 def write_answers(name: str, rows: list[dict]) -> Path:

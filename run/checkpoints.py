@@ -174,7 +174,8 @@ def resume_or_start(folder, model, optimizer, cfg, tensors, step):
         for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl"):
             kept[name] = [row for row in files.read_rows(folder / name) if row["step"] <= step]
         steps = [row["step"] for row in kept["metrics.jsonl"]]
-        if steps != list(range(1, step + 1)) or (step > 0 and not kept["evals.jsonl"]):
+        evaluated = kept["evals.jsonl"] or step == 0 or cfg.eval_problems == 0
+        if steps != list(range(1, step + 1)) or not evaluated:
             raise UserError(f"{folder}: metrics.jsonl or evals.jsonl lacks steps: put it back")
         for name, rows in kept.items():
             text = "".join(files.to_json(row) + "\n" for row in rows)

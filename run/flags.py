@@ -10,6 +10,7 @@ import torch
 
 from data.problems import TINY, prompt_text
 from hf import checkpoint
+from hf.chat import load_turn
 from hf.peft import adapter_folder, load_adapter, read_config
 from run.checkpoints import resumed_settings
 from system.errors import Parser, UserError, check_numbers, flag_name
@@ -24,10 +25,13 @@ DTYPES = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
 FLAGS = {  # name: (default, help)
     "model": (str(TINY), "a checkpoint folder or a Hub id"), "revision": ("", "of the Hub id"),
     "adapter": ("", "a PEFT adapter: its folder, that of a run, or a Hub id"),
-    "data": ("tiny", "tiny, math, math500, gsm8k or a JSONL file"),
+    "data": ("tiny", "tiny, math, math500, gsm8k or a file (JSONL, JSON, CSV, parquet)"),
+    "system": ("", "with --chat: what the system's message says; default: the template's own"),
+    "thinking": ("", "with --chat, of Qwen3: on or off"),
     "device": ("auto", "auto, cpu, cuda, cuda:1, ..."), "seed": (1, "of everything that is random"),
     "dtype": ("auto", "of the frozen weights: fp32, bf16, or auto (fp32 on CPU)"),
 }  # fmt: skip
+CHAT = "prompt as a user's turn, by the model's own chat template"
 SAMPLE_FLAGS = {
     "samples": (1, "completions a problem"), "problems": (3, "how many of --data"),
     "max_new_tokens": (256, "longer completions are cut off"), "temperature": (0.0, "0: greedy"),
@@ -49,7 +53,7 @@ PRESETS = {"": {}, "paper": PAPER}
 # ---- The shared flags, and what they load --------------------------------------------------------
 def add_flags(parser, flags):
     """Add to a parser the FLAGS that every command line has, and `flags` of the same form."""
-    parser.add_argument("--chat", action="store_true", help="prompt as a chat turn (ChatML)")
+    parser.add_argument("--chat", action="store_true", help=CHAT)
     for name, (default, text) in (FLAGS | flags).items():
         parser.add_argument(flag_name(name), type=type(default), default=default, help=text)
 
@@ -93,6 +97,18 @@ def check_fit(tokenizer, model, name):
     tokenizer.size = size
 
 
+def load_text(cfg, folder):
+    """Return the tokenizer of a checkpoint, which with --chat writes prompts as a user's turn."""
+    tokenizer = checkpoint.load_tokenizer(folder)
+    check_choice("thinking", cfg.thinking, ("", "on", "off"))
+    if cfg.chat:
+        tokenizer.turn, ends = load_turn(folder, tokenizer, cfg.system, cfg.thinking)
+        tokenizer.eos_ids = [*dict.fromkeys(tokenizer.eos_ids + ends)]
+    elif cfg.system or cfg.thinking:
+        raise UserError("--system and --thinking are about chat models: add --chat")
+    return tokenizer
+
+
 def load_base(cfg):
     """Return the frozen model and its tokenizer, as FLAGS or the Settings of train.py ask."""
     device = cfg.device
@@ -104,19 +120,14 @@ def load_base(cfg):
     folder = checkpoint.checkpoint_folder(cfg.model, cfg.revision)
     if getattr(cfg, "random_init", False):  # config.json is enough; the text is the embedded one's
         config = checkpoint.config_from_dict(read_json(folder / "config.json"))
-        tokenizer = checkpoint.load_tokenizer(TINY)
+        tokenizer = load_text(cfg, TINY)
         model = checkpoint.random_model(config, device, dtype)
     else:
-        tokenizer = checkpoint.load_tokenizer(folder)
+        tokenizer = load_text(cfg, folder)
         model = checkpoint.load_model(folder, device, dtype)
     check_fit(tokenizer, model, cfg.model)
     if fast:
         fast.hasten(model)
-    if cfg.chat:
-        ends = [tokenizer.file.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>")]
-        if None in ends:
-            raise UserError("--chat: this tokenizer has no <|im_start|> and <|im_end|> of ChatML")
-        tokenizer.eos_ids = [*tokenizer.eos_ids, ends[1]]  # it ends a turn, whatever ends a text
     if getattr(cfg, "adapter", ""):
         load_adapter(model, cfg.adapter)
     return model, tokenizer

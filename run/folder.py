@@ -19,8 +19,7 @@ from system import processes
 from system.errors import UserError, printable
 from system.files import append, write_json, writing
 
-FIGURES = "reward {reward:.2f}  accuracy {accuracy:.2f}  gini {gini:.2f}  "
-FIGURES += "eff {effective_token_ratio:.2f}  tok/s {tokens_per_second:.0f}"
+FIGURES = "gini {gini:.2f}  eff {effective_token_ratio:.2f}  tok/s {tokens_per_second:.0f}"
 
 
 # ---- The folder ----------------------------------------------------------------------------------
@@ -133,9 +132,10 @@ def keep_samples(record, rollout, signals, cfg, tokenizer, step):
 
 
 # ---- The screen ----------------------------------------------------------------------------------
-def show(bar, metrics, accuracy):
+def show(bar, metrics, evals):
     """Set the figures of the progress bar; where there is none, print a line every five steps."""
-    text = FIGURES.format(accuracy=accuracy, **metrics)
+    accuracy = f"accuracy {evals[-1]['greedy']:.2f}  " if evals else ""
+    text = f"reward {metrics['reward']:.2f}  {accuracy}{FIGURES.format(**metrics)}"
     bar.set_postfix_str(text)
     if bar.disable and metrics["step"] % 5 == 0:
         print(f"step {metrics['step']:4d}  {text}", flush=True)
@@ -170,8 +170,8 @@ def summary(folder, history, evals, cfg):
     """Print the table at the end of a run, and what to try next."""
     rewards = [row["reward"] for row in history]
     print(f"\n{'':22}{'before':>23}{'after':>23}")
-    after = rates(evals[-1])
-    for key, rate in rates(evals[0]).items():
+    before, after = [rates(evals[i]) if evals else {} for i in (0, -1)]
+    for key, rate in before.items():
         print(printable(f"held-out {key:13.40}{rate:>23}{after.get(key, ''):>23}"))
     print(f"reward, 5 steps       {fmean(rewards[:5]):>23.3f}{fmean(rewards[-5:]):>23.3f}")
     gini = fmean(row["gini"] for row in history if not row["skipped"])

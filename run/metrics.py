@@ -22,8 +22,8 @@ def measure(rollout, signals: Signals) -> dict:
         "reward": rewards.mean(), "entropy": signals.entropy[signals.mask].mean(),
         "completion_tokens": completions.lengths.sum(),
         "truncated": (~completions.finished).float().mean(), "groups_mixed": mixed.sum(),
-        "groups_all_right": (rewards > 0).all(dim=1).sum(),
-        "groups_all_wrong": (rewards <= 0).all(dim=1).sum(),
+        "groups_all_right": (rewards == 1).all(dim=1).sum(),
+        "groups_all_wrong": (rewards == 0).all(dim=1).sum(),
         "logp_mismatch": mismatch.max(), "logp_mismatch_mean": mismatch.mean(),
     }  # fmt: skip
     return {key: value.item() for key, value in metrics.items()}

@@ -12,8 +12,8 @@ FIRST = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0
 STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of what is no sign of its own
 LIMITS = {  # (the least, the most): the flags whose numbers these are
     (0, 2**64 - 1): "seed seeds",  # what torch's generators take
-    (1, 2**31 - 1): "steps save_every problems eval_problems max_prompt_tokens micro_batch_tokens",
-    (0, 2**31 - 1): "warmup eval_every top_k",
+    (1, 2**31 - 1): "steps save_every problems max_prompt_tokens micro_batch_tokens",
+    (0, 2**31 - 1): "warmup eval_every eval_problems top_k",
     (1, 2**17): "max_new_tokens tokens warm_tokens prompt_tokens",
     (1, 2**14): "prompts samples keep_checkpoints",
     (0, 2**14): "eval_samples",

@@ -1,9 +1,11 @@
 """JSON and safetensors, checked when they are read and whole when they are written."""
 
+import gzip
 import json
 import math
 import os
 import stat
+import zlib
 from contextlib import contextmanager
 from functools import partial
 
@@ -12,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from system.errors import UserError
 
 MAX_JSON = 2**26  # bytes of a JSON file (tokenizers have up to 2**25), or of a line of JSONL
-MAX_LINES = 2**30  # bytes of a JSONL file
+MAX_LINES = 2**30  # bytes of a JSONL, CSV or parquet file, unpacked
 LARGEST = {int: 2**20, float: 2**40}  # of the sizes and settings in other people's config files
 NUMBERS = {  # that are read of the rows of a run's files; null is read as NaN
     "metrics.jsonl": ("reward", "gini", "effective_token_ratio", "groups_mixed", "skipped"),
@@ -28,6 +30,18 @@ def opened(path):
     return open(path, "rb")
 
 
+@contextmanager
+def unpacked(path):
+    """Open a file as `opened` does, and unpack what gzip has packed as it is read. UserError if
+    it cannot be read."""
+    try:
+        with opened(path) as file:
+            is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
+            yield gzip.GzipFile(fileobj=file) if is_gzip else file
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+
+
 def depth(value) -> int:
     """Return how deep lists and objects are nested in a JSON value."""
     inner = value.values() if isinstance(value, dict) else value
@@ -37,7 +51,11 @@ def depth(value) -> int:
 def parse(data: bytes) -> dict:
     """Return the JSON object in UTF-8; ValueError or RecursionError if there is none that is fit to
     be written and printed: for these, too, Python ends at some 300 deep."""
-    found = json.loads(data.decode("utf-8-sig"))
+    return fit(json.loads(data.decode("utf-8-sig")))
+
+
+def fit(found) -> dict:
+    """Return a JSON value that is an object, and not nested too deeply; ValueError if not."""
     if not isinstance(found, dict) or depth(found) > 100:
         raise ValueError("no object, or nested too deeply")
     return found
@@ -52,20 +70,25 @@ def read_json(path) -> dict:
         raise UserError(f"{path} is missing or damaged ({error}): get it again") from None
 
 
+def raw_lines(path):
+    """Yield (bytes, "PATH, line N") for the lines of a text file, which gzip may have packed;
+    UserError if one of them, or all, could fill the memory."""
+    with unpacked(path) as file:
+        for number, line in enumerate(iter(partial(file.readline, MAX_JSON), b""), 1):
+            where = f"{path}, line {number}"
+            if len(line) == MAX_JSON or file.tell() > MAX_LINES:
+                raise UserError(f"{where} is too long: it could fill the memory")
+            yield line, where
+
+
 def read_lines(path, of_run=False):
     """Yield (object, "PATH, line N") for the lines of a JSONL file; UserError names one that holds
     no object. Blank lines are skipped. A run's file has none, and if a crash has torn its last
     line, that is ignored."""
     try:
-        with opened(path) as file:
-            for number, line in enumerate(iter(partial(file.readline, MAX_JSON), b""), 1):
-                where = f"{path}, line {number}"
-                if len(line) == MAX_JSON or file.tell() > MAX_LINES:
-                    raise UserError(f"{where} is too long: it could fill the memory")
-                if line.strip() or of_run:
-                    yield parse(line), where
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
+        for line, where in raw_lines(path):
+            if line.strip() or of_run:
+                yield parse(line), where
     except (ValueError, RecursionError):
         if not of_run or line.endswith(b"\n"):
             raise UserError(f"{where} is damaged: it is no JSON object in UTF-8") from None

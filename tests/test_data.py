@@ -1,5 +1,7 @@
 """Problem files, the prompt, and generated problems against solvers that read only their text."""
 
+import csv
+import gzip
 import itertools
 import json
 import random
@@ -12,6 +14,8 @@ import pytest
 from data import generate as gen
 from data import make_tiny
 from data.problems import load_problems, load_split, prompt_text
+from eval_math import graded
+from run.answers import read_completions
 from system.errors import UserError
 from verifier.extract import last_boxed
 
@@ -37,6 +41,14 @@ def test_every_form_of_a_row(tmp_path):
         (dict(problem="zero?", answer=0), "0"),
         (dict(problem="half?", answer=0.5), "0.5"),
         (dict(problem="null", answer=None, solution=r"\boxed{5}"), "5"),
+        (dict(Problem="a", Answer="7"), "7"),
+        (dict(query="a", response="3+4=7\n#### 7\nThe answer is: 7"), "7"),
+        (dict(prompt="a", completion=[dict(role="assistant", content=r"So $\boxed{7}$.")]), "7"),
+        (dict(problem="a", answer="3+4=7. So the answer is $7$. I hope so."), "7"),
+        (dict(problem="a", answer=r"<think>\boxed{6}?</think> It is \fbox{7}."), "7"),
+        (dict(problem="a", answer="", solution="7"), "7"),
+        (dict(prompt=[dict(role="user", content="a")], reward_model=dict(ground_truth="7")), "7"),
+        (dict(extra_info=dict(question="a"), answer=r"\mbox{seven}"), r"\mbox{seven}"),
         (dict(problem="a\u2028b\u0085c", answer=" 6 "), "6"),  # no line ends, though they look it
     ]
     lines = [json.dumps(row, ensure_ascii=False) for row, _ in rows]
@@ -44,8 +56,84 @@ def test_every_form_of_a_row(tmp_path):
         problems = load_problems(write(tmp_path, *text))
         assert [p["answer"] for p in problems] == [answer for _, answer in rows]
         assert problems[3]["problem"] == "How many?"
-        assert problems[7]["problem"] == "a\u2028b\u0085c"
+        assert {p["problem"] for p in problems[7:15]} == {"a"}
+        assert problems[15]["problem"] == "a\u2028b\u0085c"
     assert problems[2]["level"] == "Level 1"  # what else a row says is kept
+
+
+def files_of(rows, folder):
+    """Write rows of texts in every form that loads; yield the paths."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    array = "\ufeff \n" + json.dumps(rows, indent=1)
+    texts = {"a.jsonl": lines, "b.json": array.encode(), "c.json": lines, "d": array.encode()}
+    with open(folder / "e.csv", "w", encoding="utf-8-sig", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    texts |= {"e.csv": (folder / "e.csv").read_bytes()}
+    for name, text in [*texts.items()]:
+        texts[f"{name}.gz"] = gzip.compress(text)
+    for name, text in texts.items():
+        (folder / name).write_bytes(text)
+        yield folder / name
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "f.parquet")
+    yield folder / "f.parquet"
+
+
+def test_every_form_of_a_file(tmp_path):
+    """The same problems read otherwise from another form; or one that stops halfway and says so by
+    a traceback, or not at all."""
+    rows = [dict(problem=f'Is "{i}",\n{i} \u00e9?', answer=str(i)) for i in range(30)]
+    for path in files_of(rows, tmp_path):
+        assert load_problems(str(path)) == rows, path
+        whole = path.read_bytes()
+        path.write_bytes(whole[: -len(whole) // 3])
+        with pytest.raises(UserError, match=re.escape(path.name)) as error:
+            load_problems(str(path))
+        assert "\n" not in str(error.value)
+
+
+def test_what_could_fill_the_memory_is_not_read(tmp_path, monkeypatch):
+    """A file of a kilobyte that unpacks to a terabyte, or a limit that one form has and another
+    has not."""
+    rows = [dict(problem="1+1?", answer="2")] * 3000
+    monkeypatch.setattr("system.files.MAX_LINES", 10_000)
+    monkeypatch.setattr("data.tables.MAX_LINES", 10_000)
+    monkeypatch.setattr("data.tables.MAX_ROWS", 1000)
+    for path in files_of(rows, tmp_path):
+        with pytest.raises(UserError, match="could fill the memory"):
+            load_problems(str(path))
+
+
+def test_answers_that_are_solutions_are_said(tmp_path, capsys):
+    """A run of hours whose every reward is 0, since no completion equals a paragraph; or a warning
+    about long but bare answers."""
+    bare = [r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", "x=1, y=2, z=3", r"5\text{ sq. units}"]
+    long = [
+        "First add. Then stop at seven",
+        "a=1+2\nb=a+4",
+        "7 " * 200,
+        "so it is that we get " * 3,
+    ]
+    rows = [json.dumps(dict(problem="a", answer=text)) for text in bare]
+    load_problems(write(tmp_path, *rows))
+    assert capsys.readouterr().out == ""
+    load_problems(write(tmp_path, *rows, *(json.dumps(dict(query="a", answer=x)) for x in long)))
+    out = capsys.readouterr().out
+    assert out.startswith("WARNING: 4 of 7 answers in ") and out.count("\n") == 1
+
+
+def test_a_grade_reads_golds_as_training_does(tmp_path):
+    """A model that is right in training and wrong in its grade: two readers of one column."""
+    golds = [dict(answer="2*9=18\n#### 18"), dict(Answer=18), dict(solution=r"so \boxed{18}")]
+    rows = [json.dumps(gold | dict(completion=r"\boxed{18}")) for gold in golds]
+    found = graded(read_completions(write(tmp_path, *rows)))
+    assert [(row["gold"], row["verdict"]) for row in found] == [("18", True)] * 3
+    for bad in ('{"completion": "1"}', '{"gold": "1"}', '{"completion": "1", "gold": null}'):
+        with pytest.raises(UserError, match=r"line 2 is no answer: it needs .* and has "):
+            read_completions(write(tmp_path, rows[0], bad))
 
 
 @pytest.mark.parametrize(
@@ -99,6 +187,14 @@ class Letters:
     def encode(self, text):
         self.read += len(text)
         return self.pattern.findall(text)
+
+    encode_prompt = encode
+
+    def prompt_text(self, text):
+        return text
+
+    def count_prompts(self, texts):
+        return [len(self.encode(text)) for text in texts]
 
 
 def split(tmp_path, train, test, limit=10**6, problems=100, tokenizer=None):
@@ -167,8 +263,6 @@ def test_prompt():
     plain = "Solve this math problem step by step. Put your final answer in \\boxed{}.\n\n"
     plain += "Problem: " + problem + "\n"
     assert prompt_text(problem) == plain
-    turn = "<|im_start|>user\n" + plain + "<|im_end|>\n<|im_start|>assistant\n"
-    assert prompt_text(problem, chat=True) == turn
 
 
 # ---- Twelve solvers that know a problem's text and nothing else ----------------------------------

@@ -45,7 +45,7 @@ from hf.peft import load_adapter, save_adapter
 from lora import add_lora, lora_parameters
 from run import checkpoints
 from run import folder as run_folder
-from run.answers import print_groups, read_answers
+from run.answers import print_groups, read_completions
 from run.flags import check, check_fit
 from system import files
 from system.errors import UserError, printable
@@ -330,7 +330,7 @@ def test_problem_files(whole, tmp_path, capsys, examples):
             assert len(add_prompts(p, tokenizer)["prompt"]) > 10
 
     def grade():
-        print_groups(graded(read_answers(str(path), "completion", "gold")))
+        print_groups(graded(read_completions(str(path))))
         compare(str(path), str(path))
 
     lines = st.lists(st.sampled_from(ROWS).flatmap(changed_object), min_size=1, max_size=3)
@@ -621,7 +621,7 @@ def test_what_is_no_regular_file(whole, run, in_time, monkeypatch, tmp_path, nam
                 go_on(place, json.loads(run[1][run[0] / "config.json"])["settings"], run[2])
                 read_samples(place)
             elif name == "few.jsonl":
-                outcome(read_answers, str(path))
+                outcome(read_completions, str(path))
                 load_problems(str(path))
             else:
                 load_adapter(use(place), place)

@@ -5,6 +5,8 @@ fp32 is held to the float64 result within its own rounding (helpers.rounding).
 """
 
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +40,8 @@ import grpo
 from data.problems import TINY
 from hf.checkpoint import load_model
 from lora import add_lora, lora_parameters
+from run.metrics import measure
+from system.errors import UserError
 
 
 @pytest.fixture
@@ -673,6 +677,27 @@ def test_advantages_by_hand():
         assert (grpo.group_advantages(rewards, kind)[2] == 0).all()
     with pytest.raises(ValueError, match="grpo, rloo, centered"):
         grpo.group_advantages(rewards, "ppo")
+
+
+def test_the_reward_in_the_readme(monkeypatch):
+    """An example that no longer runs, or a reward between 0 and 1 that counts as right or wrong."""
+    text = (Path(__file__).parent.parent / "data" / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(def reward\(.*?)\n```", text, re.DOTALL)
+    names = dict(vars(grpo))
+    exec(example[1], names)
+    said = ["So it is $\\boxed{7}$.", "So it is $\\boxed{8}$.", "7"]
+    assert [round(names["reward"](x, dict(answer="7")), 2) for x in said] == [0.99, 0.1, 0]
+    rollout = rollout_of(tiny_model(), [[0.1, 0.1, 0.1, 0.1], [0, 0.1, 1, 0.99]])
+    signals = grpo.sampled_signals(rollout, advantages_of(rollout))
+    found = measure(rollout, signals)
+    counts = [found[f"groups_{kind}"] for kind in ("mixed", "all_right", "all_wrong")]
+    assert counts == [1, 0, 0]
+    problem = dict(problem="1+1?", answer="2", prompt=[1, 2])
+    tokenizer = SimpleNamespace(eos_ids=[EOS], decode=str)
+    for bad in (float("nan"), 1.5, -1):
+        monkeypatch.setattr(grpo, "reward", lambda text, problem, bad=bad: bad)
+        with pytest.raises(UserError, match="from 0 to 1"):
+            grpo.sample_rollout(tiny_model(), tokenizer, [problem], settings(), 1)
 
 
 def test_metrics_by_hand(float64):

@@ -151,7 +151,7 @@ def test_a_merged_run_gives_the_same_answers(run, tmp_path):
     texts = []
     for model, adapter in ((out, ""), (TINY, run), (TINY, "")):
         cfg = dict(model=str(model), adapter=str(adapter), revision="", device="cpu", dtype="auto")
-        loaded, tokenizer = load_base(SimpleNamespace(**cfg, chat=False))
+        loaded, tokenizer = load_base(SimpleNamespace(**cfg, chat=False, system="", thinking=""))
         problems = load_problems("tiny", "test")[:8]
         prompts = [tokenizer.encode(prompt_text(p["problem"])) for p in problems]
         found = generate(loaded, prompts, 1, 48, temperature=0, eos_ids=tokenizer.eos_ids)

@@ -298,6 +298,19 @@ def test_completion_depends_on_its_own_key_only(way, model):
         assert_same(model, short, cut_off)
 
 
+def test_copies_of_a_prompt_are_further_samples(way, model):
+    """Eight copies of a problem in a step that earn the same eight rewards; or ones that differ
+    with the number of processes."""
+    prompts = [[5, 6], [7], [5, 6], [5, 6]]
+    some = dict(max_new_tokens=8, seed=1, step=2)
+    whole = generate(model, prompts, 2, **some)
+    more = generate(model, [[5, 6]], 6, **some)
+    copies = torch.tensor([0, 1, 4, 5, 6, 7])
+    assert torch.equal(whole.tokens[copies], more.tokens)
+    share = generate(model, prompts, 2, **some, only=[1, 3])
+    assert torch.equal(share.tokens, whole.tokens[[2, 3, 6, 7]])
+
+
 def test_other_keys_give_other_completions(model):
     """Were seed, step or sample left out of the key, every step would see the same rollouts."""
     options = dict(n=3, max_new_tokens=20)

@@ -87,6 +87,19 @@ def test_run_folder(run):
     assert str(folder) in out
 
 
+def test_without_evaluation(tmp_path):
+    """No way to leave out what takes half of a short run; or a run that cannot go on without."""
+    folder = tmp_path / "run"
+    flags = ["--credit", "uniform", "--eval-problems", "0", "--steps", "2", "--save-every", "1"]
+    out, _ = train_in(folder, *flags)
+    assert not (folder / "evals.jsonl").exists() and "held-out" not in out
+    assert [row["step"] for row in rows(folder)] == [1, 2]
+    assert "nothing to do" in train_in(folder, *flags, "--resume")[0]
+    os.replace(folder / "trainer.safetensors.1", folder / "trainer.safetensors")  # of step 1
+    assert "going on after step 1" in train_in(folder, *flags, "--resume")[0]
+    assert [row["step"] for row in rows(folder)] == [1, 2]
+
+
 def test_first_step_is_uniform_by_fallback(run):
     """With B = 0 ARCA and divergence have nothing to go by; noise must not pass for credit."""
     first, second = rows(run[0])[:2]
@@ -154,6 +167,8 @@ BAD_LINE = '{"problem": "1+1?", "answer": 2}\n{"problem": "no gold"}\n'
         (["--device", "cpu:1"], "no device 'cpu:1' here: use --device cpu"),
         (["--dtype", "int8"], "--dtype int8: use one of auto, fp32, bf16"),
         (["--chat"], "ChatML"),
+        (["--thinking", "on"], "--thinking are about chat models: add --chat"),
+        (["--eval-problems", -1], "--eval-problems -1: use 0 to"),
         (["--out", "{run}"], "--resume"),
         (["--out", "{held}"], "holds a run"),
         (["--adapter", "{run}", "--rank", 8], "the adapter has 16, so omit it"),
@@ -270,7 +285,8 @@ def test_help_names_every_setting():
     command = [sys.executable, "train.py", "--help"]
     done = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    flags = """credit preset model revision adapter random-init chat data eval-data eval-problems
+    flags = """credit preset model revision adapter random-init chat system thinking data eval-data
+        eval-problems
         eval-samples eval-every steps prompts samples max-prompt-tokens max-new-tokens temperature
         top-p rank alpha lr sharpening warmup beta2 max-grad-norm advantage aggregate
         epochs-per-rollout clip-eps-low clip-eps-high kl-coef micro-batch-tokens

@@ -19,23 +19,25 @@ def shade(weight):
 
 
 def is_right(completion):
-    return completion["reward"] > 0
+    return completion["reward"] == 1
 
 
 def verdict(completion):
-    """Return such as `✓ right, advantage +0.54, 61 tokens`."""
-    side = "✓ right" if is_right(completion) else "✗ wrong"
+    """Return such as `✓ right, advantage +0.54, 61 tokens`, or the reward if it is between."""
+    reward = completion["reward"]
+    side = f"reward {reward:.2f}" if 0 < reward < 1 else "✗ wrong"
+    side = "✓ right" if is_right(completion) else side
     return f"{side}, advantage {completion['advantage']:+.2f}, {len(completion['tokens'])} tokens"
 
 
 def telling_pair(groups):
-    """Return the newest group with right and wrong completions, and the first of each; or, if there
+    """Return the newest group whose rewards differ, and its best and worst completion; or, if there
     is no such group, the last group and its first two."""
     for group in reversed(groups):
-        right = [c for c in group["completions"] if is_right(c)]
-        wrong = [c for c in group["completions"] if not is_right(c)]
-        if right and wrong:
-            return group, [right[0], wrong[0]]
+        best = max(group["completions"], key=lambda c: c["reward"])
+        worst = min(group["completions"], key=lambda c: c["reward"])
+        if best["reward"] > worst["reward"]:
+            return group, [best, worst]
     return groups[-1], groups[-1]["completions"][:2]
 
 
