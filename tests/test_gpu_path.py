@@ -199,9 +199,9 @@ def test_bf16_on_the_device(gpu):
     _, signals, _ = grpo.update(model, None, rollout, advantages, cfg, compare=True)
     kept = list(sample_rows(rollout, [0, 5], signals, cfg, TOKENIZER))
     assert len(kept[0]["weights"]) == rollout.completions.lengths[0]
-    given = (rollout, advantages, settings(credit="arca", micro_batch_tokens=60))
+    given = (rollout, advantages, settings(credit="arca"))  # in one batch of both prompts
     found, want = (gradient(m, *given)[0].cpu() for m in (model, on_host))
-    assert close(found, want, 0.05)
+    assert close(found, want, 0.03)  # where bf16 rounds at 0.004
 
 
 # ---- The captured step ---------------------------------------------------------------------------
