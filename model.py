@@ -34,6 +34,7 @@ class Config:
     tie_word_embeddings: bool  # whether the head is the embedding matrix
     qkv_bias: bool  # True for Qwen2
     qk_norm: bool  # True for Qwen3
+    llama3_rope: tuple | None = None  # Llama 3.1: factor, low, high, trained length; see `rotary`
 
 
 # ---- Functions on tensors ------------------------------------------------------------------------
@@ -44,13 +45,20 @@ def rms_norm(x, weight, eps):
     return weight * F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
 
 
-def rotary(positions, head_dim, theta, dtype):
+def rotary(positions, head_dim, theta, dtype, llama3_rope=None):
     """Return the cosines and signed sines, (B, 1, T, K) each, of positions (B, T).
 
     Rotary embedding, arXiv 2104.09864, eq. 34: coordinate pair i turns by position * theta^(-2i/K).
+    Llama 3.1 slows down, to 1 / factor, the pairs of less than `low` turns in the trained length.
     """
     even = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)  # (K/2,)
-    angle = positions[:, None, :, None].float() * theta ** (-even / head_dim)  # (B, 1, T, K/2)
+    frequency = theta ** (-even / head_dim)
+    if llama3_rope is not None:
+        factor, low, high, length = llama3_rope
+        turns = length * frequency / (2 * torch.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # all of it from `high` turns on
+        frequency = frequency * (kept + (1 - kept) / factor)
+    angle = positions[:, None, :, None].float() * frequency  # (B, 1, T, K/2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
@@ -142,22 +150,30 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class HeadInFp32(torch.autograd.Function):
-    """The product of 16-bit states (N, D) and a frozen head (V, D), with its sums left in fp32:
-    rounded to bf16 they put a log-prob off by 0.02, which is more than a young adapter moves it."""
+class WideProduct(torch.autograd.Function):
+    """The product of 16-bit states (N, D) and a frozen 16-bit weight (V, D), its sums left in fp32.
+    Logits rounded to bf16 put a log-prob off by 0.02, which is more than a young adapter moves it.
+    """
+
+    PART = 2**19  # numbers of a weight that a CPU makes fp32 at a time, and its cache holds
 
     @staticmethod
-    def forward(ctx, rows, weight):
+    def forward(ctx, x, weight):
         ctx.save_for_backward(weight)
-        if rows.is_cuda:
-            return torch.mm(rows, weight.T, out_dtype=torch.float32)
-        parts = [rows.float() @ part.float().T for part in weight.split(1024)]  # stay in its cache
-        return torch.cat(parts, dim=1)
+        if x.is_cuda:
+            return torch.mm(x, weight.T, out_dtype=torch.float32)
+        x = x.float()
+        parts = weight.split(WideProduct.PART // x.shape[1] + 1)
+        return torch.cat([x @ part.float().T for part in parts], dim=1)
 
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        return grad.to(weight.dtype) @ weight, None
+        if grad.is_cuda:
+            return grad.to(weight.dtype) @ weight, None
+        rows = WideProduct.PART // weight.shape[1] + 1
+        pairs = zip(grad.split(rows, dim=1), weight.split(rows), strict=True)
+        return sum(g @ part.float() for g, part in pairs).to(weight.dtype), None
 
 
 class Qwen3(nn.Module):
@@ -196,7 +212,8 @@ class Qwen3(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         if cache is not None:
             positions = cache.start(*ids.shape)  # (B, T)
-        rope = rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        config = self.config
+        rope = rotary(positions, config.head_dim, config.rope_theta, x.dtype, config.llama3_rope)
 
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.model.layers):
@@ -211,7 +228,7 @@ class Qwen3(nn.Module):
         if weight.dtype not in (torch.bfloat16, torch.float16):
             return self.lm_head(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1]).to(weight.dtype)  # (N, D)
-        return HeadInFp32.apply(rows, weight).view(*hidden.shape[:-1], -1)
+        return WideProduct.apply(rows, weight).view(*hidden.shape[:-1], -1)
 
 
 # ---- The KV cache --------------------------------------------------------------------------------

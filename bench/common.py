@@ -42,7 +42,7 @@ def write_config(shape, folder):
     """config.json of that shape: all that `train.py --random-init` reads."""
     config = json.loads((TINY / "config.json").read_text())
     config |= {key: value for key, value in vars(config_of(shape)).items() if key in config}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_bytes(json.dumps(config).encode())
 
 
 def write_random(shape, folder, dtype):
@@ -149,7 +149,7 @@ def held(device, what="VmRSS"):
         peak = what == "VmHWM"
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     except OSError:
         return None
     return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(what))
@@ -161,7 +161,7 @@ def forget_peak(device):
         torch.cuda.reset_peak_memory_stats()
     elif held(device) is not None:
         ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps is not in use
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
+        Path("/proc/self/clear_refs").write_bytes(b"5")  # VmHWM becomes VmRSS
 
 
 # ---- Limits --------------------------------------------------------------------------------------

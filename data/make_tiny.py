@@ -133,7 +133,8 @@ def main():
     seen = set()
     for name, count, held in (("train", 4000, False), ("test", 600, True)):
         rows = draw_problem_set(rng, count, held, seen)
-        (args.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (args.out / f"{name}.jsonl").write_bytes(text.encode())
     # 2. The tokenizer, and the files that transformers wants.
     rng = random.Random(args.seed + 2)
     tokenizer = make_tokenizer([draw_document(rng) for _ in range(20000)], 512)
@@ -144,7 +145,7 @@ def main():
     ends = dict(eos_token_id=0, pad_token_id=0)
     files = dict(tokenizer_config=names | limits, config=config, generation_config=ends)
     for name, value in files.items():
-        (args.out / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
+        (args.out / f"{name}.json").write_bytes(f"{json.dumps(value, indent=1)}\n".encode())
     # 3. The model.
     model = Qwen3(config_from_dict(config))
     init(model, args.seed)

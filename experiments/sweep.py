@@ -52,7 +52,7 @@ def start(run, words, makes, code):
         part_of(makes).unlink(missing_ok=True)
         words = [*words, "--out", str(part_of(makes))]
     one_thread = os.environ | dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    with open(run.folder / "log.txt", "a") as log:
+    with open(run.folder / "log.txt", "ab") as log:
         command = [sys.executable, str(ROOT / words[0]), *words[1:]]
         # A session of its own: a Ctrl-C in the terminal is ours to pass on, once.
         how = dict(stdout=log, stderr=log, env=one_thread, start_new_session=True)
@@ -130,7 +130,7 @@ def work_through(runs, jobs, code):
 
 def last_words(run):
     """The last line of a run's log: what it died of."""
-    lines = (run.folder / "log.txt").read_text(errors="replace").strip().splitlines()
+    lines = (run.folder / "log.txt").read_text("utf-8", "replace").strip().splitlines()
     return printable(lines[-1][:300]) if lines else "killed, without a word"
 
 

@@ -11,6 +11,7 @@ import gc
 import torch
 import torch.nn.functional as F
 
+from fast.linear import linear
 from lora import LoRALinear
 from model import KVCache, rms_norm, rotary, rotate
 
@@ -91,8 +92,8 @@ class Stack:
 
     def __call__(self, x):
         if self.scale is None:
-            return F.linear(x, self.weight[: self.outputs], self.bias)
-        both = x @ self.weight.T  # (b, outputs + ranks): W x and A x in one product
+            return linear(x, self.weight[: self.outputs], self.bias)
+        both = linear(x, self.weight)  # (b, outputs + ranks): W x and A x in one product
         y, low = both[:, : self.outputs], both[:, self.outputs :]
         y = y if self.bias is None else y.add_(self.bias)
         return y.addmm_(low, self.B, alpha=self.scale)
@@ -119,7 +120,7 @@ class Decoder:
         self.stacks = [[Stack() for _ in range(4)] for _ in model.model.layers]
         # What no step needs to compute again: the rotary table, and the q and k norms side by side.
         positions = torch.arange(columns, device=device)[None]
-        cos, sin = rotary(positions, config.head_dim, config.rope_theta, dtype)
+        cos, sin = rotary(positions, config.head_dim, config.rope_theta, dtype, config.llama3_rope)
         self.cos, self.sin = cos[0, 0], sin[0, 0]  # (columns, K)
         self.qk_weights = []  # a layer's: (H + H_kv, K)
         for block in model.model.layers if config.qk_norm else ():

@@ -17,9 +17,17 @@ FAMILIES = {  # model_type of config.json: what the attention of that family has
     "qwen2": dict(qkv_bias=True, qk_norm=False),
     "llama": dict(qkv_bias=False, qk_norm=False),
 }
-TYPES = {field.name: field.type for field in fields(Config)}  # of what we read in config.json
+# Config's fields that config.json has, but for the last one; and what else we read in it.
+TYPES = {field.name: field.type for field in fields(Config)[:-1]}
 TYPES.update(model_type=str, hidden_act=str, attention_bias=bool, use_sliding_window=bool)
-TYPES.update(layer_types=list, rope_parameters=dict, rope_scaling=dict)
+TYPES.update(layer_types=list, rope_parameters=dict, rope_scaling=dict, quantization_config=dict)
+TYPES.update(sliding_window=int, max_window_layers=int, max_position_embeddings=int)
+# What transformers takes where config.json has none and the tensors' shapes do not tell.
+DEFAULTS = dict(rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False)
+# The numbers of Llama 3's rope scaling, as in Config.
+LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+ADAPTER = "adapter_config.json"
+EMBEDDING = "model.embed_tokens.weight"
 INDEX = "model.safetensors.index.json"  # which file of a sharded checkpoint holds which tensor
 
 
@@ -28,24 +36,30 @@ def config_from_dict(raw: dict) -> Config:
     raw = checked(raw, "config.json", **TYPES)
     family = raw.get("model_type")
     if family not in FAMILIES:
-        raise UserError(f"model_type {family!r} is not supported: use {', '.join(FAMILIES)}")
+        is_mixture = "moe" in str(family) or any("experts" in key for key in raw)
+        kind = "a mixture of experts" if is_mixture else "another architecture"
+        known = ", ".join(FAMILIES)
+        raise UserError(f"model_type {family!r} is {kind}: use a dense model of type {known}")
     # Transformers 5 writes rope_parameters, with rope_theta in it; transformers 4 rope_scaling.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope = checked(rope, "config.json", rope_theta=float)
-    feature = unsupported_feature(raw, rope, family)
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    trained = dict(original_max_position_embeddings=raw.get("max_position_embeddings", 0))
+    rope = trained | checked(rope, "config.json", rope_theta=float, **dict.fromkeys(LLAMA3, float))
+    kind = rope.get("rope_type") or rope.get("type", "default")
+    feature = unsupported_feature(raw, rope, kind, family)
     if feature:
-        raise UserError(f"config.json asks for {feature}, which is not supported")
-    # Three fields have defaults, those of transformers. A 0 counts as absent.
+        raise UserError(f"config.json asks for {feature}: use a model without that")
+    # Fields that are absent have transformers' defaults, if shapes would not tell of a wrong one.
     heads = raw.get("num_attention_heads") or 1
     width = 128 if family == "qwen3" else raw.get("hidden_size", 0) // heads
-    defaults = dict(num_key_value_heads=heads, head_dim=width, tie_word_embeddings=False)
-    values = {f.name: raw.get(f.name) or defaults.get(f.name) for f in fields(Config)}
+    defaults = DEFAULTS | dict(num_key_value_heads=heads, head_dim=width)
+    values = {f.name: raw.get(f.name, defaults.get(f.name)) for f in fields(Config)[:-1]}
     values.update(FAMILIES[family])
-    values["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta")
+    values["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
     for name, value in values.items():
         if not value and value is not False:
             raise UserError(f"config.json has no {name}: is it a {family} checkpoint's?")
-    config = Config(**values)
+    numbers = tuple(rope[name] for name in LLAMA3) if kind == "llama3" else None
+    config = Config(**values, llama3_rope=numbers)
     odd = heads % config.num_key_value_heads or config.head_dim % 2
     if odd or config.num_hidden_layers > 1000:
         limits = "key-value heads must divide heads, head_dim be even, num_hidden_layers be at most"
@@ -53,15 +67,25 @@ def config_from_dict(raw: dict) -> Config:
     return config
 
 
-def unsupported_feature(raw: dict, rope: dict, family) -> str:
+def unsupported_feature(raw: dict, rope: dict, kind, family) -> str:
     """Return what a config.json asks for and our model does not compute; "" if all is computed."""
-    if (rope.get("rope_type") or rope.get("type", "default")) != "default":
-        return "rope scaling"
-    if raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", []):
+    if kind not in ("default", "llama3"):
+        return f"rope scaling of type {kind}"
+    if kind == "llama3":
+        factor, low, high, length = (rope.get(name, 0) for name in LLAMA3)
+        if factor < 1 or not 0 < low < high or length < 1:
+            return f"rope scaling of type llama3 by {factor}, {low}, {high}, {length}"
+    if (rope | raw).get("partial_rotary_factor", 1) != 1 or dict in map(type, rope.values()):
+        return "rotary embeddings of a part, or by the type of layer"
+    # Transformers counts window layers where nothing says which layers they are. Llama has none.
+    windows = family != "llama" and raw.get("use_sliding_window") and raw.get("sliding_window", 1)
+    full = raw.get("max_window_layers", 28) >= raw.get("num_hidden_layers", 0)
+    types = raw.get("layer_types", ["full_attention" if full or not windows else "sliding"])
+    if set(map(str, types)) - {"full_attention"}:
         return "a sliding window"
     if raw.get("attention_bias") and not FAMILIES[family]["qkv_bias"]:
         return "attention_bias"
-    if raw.get("hidden_act", "silu") != "silu":
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         return f"hidden_act {raw['hidden_act']}"
     return ""
 
@@ -73,20 +97,45 @@ def checkpoint_folder(path_or_id, revision=None) -> Path:
         return hub_model(name, revision)
     if not Path(name).is_dir():
         raise UserError(f"no model folder {name}: give one, or a Hub id such as Qwen/Qwen3-0.6B")
+    check_layout(Path(name))
     return Path(name)
+
+
+def check_layout(folder: Path):
+    """Raise UserError if a folder is something else than a checkpoint that we read, by its name."""
+    names = {path.name for path in folder.iterdir()}
+    if any(folder.glob("model*.safetensors")):
+        names &= {"config.json"}  # nothing beside them matters
+    ends = {Path(name).suffix for name in names}
+    adapter = "a LoRA adapter: give it as --adapter, and its base as --model"
+    pickles = "only .bin files, which can hold code: convert them, by transformers' save_pretrained"
+    kinds = {
+        adapter: names & {ADAPTER, "trainer.safetensors"},  # or a run, which holds one
+        f"the Hub's cache: give the folder in {folder / 'snapshots'}": "snapshots" in names,
+        pickles: ends & {".bin", ".pt", ".pth"},
+        "only GGUF, quantised weights: give the model that they were made of": ".gguf" in ends,
+        "no model: it has no config.json": "config.json" not in names,
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise UserError(f"{folder} holds {kind}")
 
 
 def hub_model(repo, revision=None) -> Path:
     """Download what we read of a checkpoint on the Hub, all of one commit; return its folder."""
-    optional = [INDEX, "generation_config.json"]
-    folder = hub_folder(repo, revision, ["config.json", "tokenizer.json"], optional)
-    return hub_folder(repo, folder.name, weight_files(folder))  # its name is the commit
+    first = ["config.json", ADAPTER, "model.safetensors", INDEX, "generation_config.json"]
+    folder = hub_folder(repo, revision, optional=first)
+    if (folder / ADAPTER).exists():
+        check_layout(folder)
+    needed = ["config.json", "tokenizer.json", *weight_files(folder)]
+    return hub_folder(repo, folder.name, needed)  # its name is the commit
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of a checkpoint's safetensors files; UserError on one in another folder."""
+    """Return the names of a checkpoint's safetensors files; UserError on one in another folder.
+    Beside model.safetensors an index is out of date, as for transformers."""
     path = folder / INDEX
-    if not path.exists():
+    if (folder / "model.safetensors").exists() or not path.exists():
         return ["model.safetensors"]
     index = checked(read_json(path), INDEX, weight_map=dict)
     names = list(index.get("weight_map", {}).values())
@@ -98,6 +147,21 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(set(names))
 
 
+def check_quantised(state: dict, raw: dict, folder):
+    """Raise UserError if weights are quantised. What config.json says of it decides nothing: merged
+    weights keep the words of their base."""
+    packed = [
+        name for name, x in state.items() if x.element_size() < 2 or not x.is_floating_point()
+    ]
+    if packed:
+        marks = dict(qweight="GPTQ or AWQ", absmax="bitsandbytes", SCB="bitsandbytes")
+        guesses = [kind for mark, kind in marks.items() if mark in " ".join(state)]
+        kind = [*guesses, str(state[packed[0]].dtype).replace("torch.float8", "fp8")][0]
+        kind = raw.get("quantization_config", {}).get("quant_method", kind)
+        way = f"such as {packed[0]}: give the model that they were made of"
+        raise UserError(f"{folder} holds quantised weights ({kind}), {way}")
+
+
 def default_dtype(device):
     """Return the dtype of frozen weights on a device: fp32 on the CPU, bf16 elsewhere."""
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
@@ -107,18 +171,21 @@ def load_model(path_or_id, device="cpu", dtype=None, revision=None) -> Qwen3:
     """Load a frozen model, in eval mode, from a folder or Hub id; dtype None means default_dtype.
     UserError on an architecture that is not ours, or other tensors than config.json asks for."""
     folder = checkpoint_folder(path_or_id, revision)
-    config = config_from_dict(read_json(folder / "config.json"))
+    raw = read_json(folder / "config.json")
+    config = config_from_dict(raw)
     with torch.device("meta"):  # takes no memory: the tensors of the file move in below
         model = Qwen3(config)
     expected, state = model.state_dict(), {}
     most = 8 * sum(x.numel() for x in expected.values()) + 2**24  # bytes, with their names
     for file in weight_files(folder):
         state.update(read_tensors(folder / file, most)[0])
+    check_quantised(state, raw, folder)
+    for name in [name for name in state if name.endswith("rotary_emb.inv_freq")]:
+        del state[name]  # a buffer of old Llama files, which is computed
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
-        head = state.pop("lm_head.weight", None)  # some files hold the matrix twice
-        embedding = state.get("model.embed_tokens.weight", head)
-        if head is not None and not torch.equal(head, embedding):
+        head = state.pop("lm_head.weight", None)  # some files hold the matrix twice, or only so
+        if head is not None and not head.equal(state.setdefault(EMBEDDING, head)):
             raise UserError(f"{folder}: config.json ties lm_head to embed_tokens, but they differ")
     check_tensors(state, expected, folder)
     dtype = dtype or default_dtype(device)
@@ -146,14 +213,30 @@ class Tokenizer:
 
     file: TokenizerFile
     eos_ids: list[int]
+    size: int = 2**31  # of the model's vocabulary, once it is known
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text; half of a surrogate pair counts as a question mark."""
-        return self.file.encode(text.encode("utf-8", "replace").decode()).ids
+        """Return the token ids of a text; half of a surrogate pair counts as a question mark.
+        UserError on a token that the model has no embedding of, such as a [PAD] added later."""
+        found = self.file.encode(text.encode("utf-8", "replace").decode())
+        last = max(found.ids, default=0)
+        if last >= self.size:
+            at = found.offsets[found.ids.index(last)][0]
+            where = f"{found.tokens[found.ids.index(last)]!r} in the text {text[at : at + 60]!r}"
+            raise UserError(f"the model has no embedding for {where}: leave it out")
+        return found.ids
 
     def decode(self, ids) -> str:
         """Return the text of ids, special tokens included; what is not UTF-8 becomes U+FFFD."""
         return self.file.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def pieces(self, ids) -> list[str]:
+        """Return the text of each token. SentencePiece's decoders drop the space that begins what
+        they are given, so all tokens but the first are decoded behind another one."""
+        before = self.file.encode("a", add_special_tokens=False).ids[-1:]
+        skip = len(self.decode(before))
+        text = {i: self.decode([*before, i])[skip:] for i in set(ids)}
+        return [self.decode(ids[:1]), *(text[i] for i in ids[1:])][: len(ids)]
 
 
 def load_tokenizer(path_or_id, revision=None) -> Tokenizer:
@@ -161,6 +244,9 @@ def load_tokenizer(path_or_id, revision=None) -> Tokenizer:
     folder = checkpoint_folder(path_or_id, revision)
     eos_ids = read_eos_ids(folder)
     path = folder / "tokenizer.json"
+    if not path.exists():
+        way = "save_pretrained of transformers' AutoTokenizer makes one"
+        raise UserError(f"{folder} has no tokenizer.json: {way}")
     try:
         with opened(path) as raw:
             file = TokenizerFile.from_buffer(raw.read(MAX_JSON))

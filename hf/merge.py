@@ -14,7 +14,7 @@ import torch
 
 from hf.checkpoint import INDEX, checkpoint_folder, config_from_dict, weight_files
 from hf.hub import hub_folder
-from hf.peft import CONFIG, PREFIX, WEIGHTS, adapter_folder, load_adapter
+from hf.peft import CONFIG, PREFIX, adapter_folder, load_adapter, read_adapter
 from lora import lora_layers
 from model import Qwen3
 from system import files
@@ -73,7 +73,7 @@ def merge(run, out, model="") -> float:
     with torch.device("meta"):
         bare = Qwen3(config_from_dict(files.read_json(source / "config.json")))
     layers = {f"{name}.weight": x for name, x in lora_layers(load_adapter(bare, folder)).items()}
-    adapter, _ = files.read_tensors(folder / WEIGHTS)
+    adapter = read_adapter(folder)
 
     # 2) Where it goes: nothing is there yet.
     out = Path(out).resolve()

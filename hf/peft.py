@@ -1,6 +1,7 @@
 """Adapters in PEFT's format, both ways: adapter_config.json and adapter_model.safetensors."""
 
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ UNSUPPORTED = """use_dora rank_pattern alpha_pattern modules_to_save fan_in_fan_
     layer_replication target_parameters alora_invocation_tokens use_qalora use_bdlora
     trainable_token_indices arrow_config kasa_config monteclora_config"""
 ALLOWED = dict(peft_type=["LORA"], bias=["none"])  # other ways to start, as pissa, alter the base
-ALLOWED.update(init_lora_weights=[None, True, False, "gaussian", "orthogonal"])
+ALLOWED.update(init_lora_weights=[None, True, False, "gaussian", "orthogonal", "eva"])
 
 
 def save_adapter(model, folder, base_model=""):
@@ -49,20 +50,42 @@ def target_modules(model) -> list[str]:
 
 
 def adapter_folder(path_or_id) -> Path:
-    """Return the folder of an adapter, of which the run folder or a Hub id may be given as well."""
+    """Return the folder of an adapter, of which a folder around it, such as the run's, or a Hub id
+    may be given as well; UserError if there are several in it."""
     folder = Path(path_or_id)
-    if (folder / "adapter").is_dir():
-        return folder / "adapter"
     if is_hub_id(str(path_or_id)) and folder.parts[0] != "runs":
         return hub_folder(str(path_or_id), needed=[CONFIG, WEIGHTS])
-    return folder
+    if (folder / CONFIG).exists():
+        return folder
+    # PEFT puts an adapter that is not called `default` into a folder of its name.
+    inner = sorted(
+        path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG}")
+    )
+    if len(inner) > 1:
+        raise UserError(f"{folder} holds several adapters: give one, such as {inner[-1]}")
+    if not inner and (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no adapter, {CONFIG} is missing: is it a --model?")
+    return inner[0] if inner else folder
+
+
+def read_adapter(folder: Path, most=math.inf) -> dict:
+    """Return the tensors of an adapter's folder by the names that PEFT saves: where a program saved
+    the model's own, an adapter's name stands before `weight`."""
+    if not (folder / WEIGHTS).exists() and list(folder.glob("*.bin")):
+        way = "save it again by PEFT's save_pretrained"
+        raise UserError(f"{folder} holds its adapter as .bin, which can hold code: {way}")
+    tensors, _ = files.read_tensors(folder / WEIGHTS, most)
+    named = {re.sub(r"(\.lora_[AB])\.[^.]+\.weight$", r"\1.weight", x): x for x in tensors}
+    if len(named) < len(tensors):
+        raise UserError(f"{folder / WEIGHTS} holds several adapters: save one alone")
+    return {name: tensors[own] for name, own in named.items()}
 
 
 def load_adapter(model, path_or_id):
     """Put the PEFT adapter of a folder, run or Hub id on its base model; return the model."""
     folder = adapter_folder(path_or_id)
     config = read_config(folder)
-    tensors, _ = files.read_tensors(folder / WEIGHTS, most_bytes(model, config["r"]))
+    tensors = read_adapter(folder, most_bytes(model, config["r"]))
     return put_adapter(model, tensors, config["r"], config["lora_alpha"], folder)
 
 

@@ -75,7 +75,7 @@ def main():
         text = page.read_text(encoding="utf-8")
         mended, stale = mend(page, text)
         if mended != text and not check:
-            page.write_text(mended, encoding="utf-8")
+            page.write_text(mended, encoding="utf-8", newline="\n")
             _, stale = mend(page, mended)  # what is left to do by hand
         left += stale
     print("\n".join(left) or "every link leads to its lines")

@@ -54,7 +54,7 @@ def apply(patch: str, folder: Path):
             if len(places) != 1:
                 raise UserError(f"the patch does not fit {path.name} any more: mend {PAGE.name}")
             text = text[: places[0]] + new + text[places[0] + len(old) :]
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def make_trapped(trap: Trap, out: Path):

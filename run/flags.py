@@ -15,6 +15,11 @@ from run.checkpoints import resumed_settings
 from system.errors import Parser, UserError, check_numbers, flag_name
 from system.files import read_json
 
+try:
+    import fast.linear as fast
+except ModuleNotFoundError:
+    fast = None  # one can delete fast/: it gives the same numbers in less time
+
 DTYPES = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
 FLAGS = {  # name: (default, help)
     "model": (str(TINY), "a checkpoint folder or a Hub id"), "revision": ("", "of the Hub id"),
@@ -58,6 +63,8 @@ def check_choice(name, value, choices):
 
 def use_device(name):
     """Ready a device: cpu, cuda or cuda:N. UserError, with what is here, if torch has no such."""
+    if name == "mps":
+        raise UserError("--device mps: it has no float64, of which tokens are drawn: use cpu")
     known = re.fullmatch("cpu|cuda(:[0-9]+)?", name)  # torch knows more, which nobody has tested
     try:
         torch.empty(0, device=name if known else "none")
@@ -77,10 +84,13 @@ def check_fit(tokenizer, model, name):
         ids = tokenizer.encode(prompt_text("0 \U0010fffd"))  # of a sign that is in no vocabulary
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{name}: tokenizer.json cannot encode a text ({error})") from None
-    last = max([*tokenizer.file.get_vocab().values(), *ids, *tokenizer.eos_ids])
+    # An added token may lie beyond the embeddings: `encode` refuses the text that has it.
+    added = tokenizer.file.get_added_tokens_decoder().keys()
+    last = max([*set(tokenizer.file.get_vocab().values()) - added, *ids, *tokenizer.eos_ids])
     size = model.config.vocab_size
     if last >= size:
         raise UserError(f"{name}: tokenizer or eos_token_id has id {last}, the model {size} tokens")
+    tokenizer.size = size
 
 
 def load_base(cfg):
@@ -100,8 +110,13 @@ def load_base(cfg):
         tokenizer = checkpoint.load_tokenizer(folder)
         model = checkpoint.load_model(folder, device, dtype)
     check_fit(tokenizer, model, cfg.model)
-    if cfg.chat and tokenizer.file.token_to_id("<|im_start|>") is None:
-        raise UserError("--chat: this tokenizer has no <|im_start|>, so the model knows no ChatML")
+    if fast:
+        fast.hasten(model)
+    if cfg.chat:
+        ends = [tokenizer.file.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>")]
+        if None in ends:
+            raise UserError("--chat: this tokenizer has no <|im_start|> and <|im_end|> of ChatML")
+        tokenizer.eos_ids = [*tokenizer.eos_ids, ends[1]]  # it ends a turn, whatever ends a text
     if getattr(cfg, "adapter", ""):
         load_adapter(model, cfg.adapter)
     return model, tokenizer

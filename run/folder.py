@@ -28,7 +28,9 @@ def run_name(cfg) -> str:
     """Return what a run without --out is called: what it does."""
     parts = [cfg.credit, Path(cfg.model).name, Path(cfg.data).stem, f"seed{cfg.seed}"]
     if cfg.adapter:  # runs/A/adapter is the adapter of A
-        parts += ["from", Path(cfg.adapter.removesuffix("/adapter")).name]
+        path = Path(cfg.adapter)
+        path = path.parent if path.name == "adapter" and path.parent.name else path
+        parts += ["from", path.name]
     return "-".join(parts)
 
 
@@ -104,7 +106,7 @@ def sample_rows(rollout, chosen, signals, cfg, tokenizer):
     for row in chosen:
         problem = rollout.problems[row // rollout.rewards.shape[1]]
         at = (row, slice(rollout.completions.lengths[row]))  # its tokens
-        tokens = [tokenizer.decode([i]) for i in rollout.completions.tokens[at].tolist()]
+        tokens = tokenizer.pieces(rollout.completions.tokens[at].tolist())
         yield {
             "problem": problem["problem"], "gold": problem["answer"], "text": rollout.texts[row],
             "tokens": tokens, "reward": rollout.rewards.flatten()[row].item(), "credit": cfg.credit,

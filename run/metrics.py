@@ -92,7 +92,8 @@ def token_classes(tokens: list[str], finished) -> list[int]:
 
 def step_classes(completions, tokenizer):
     """Return the class of each token of some Completions (B, T); padding has 0."""
-    text = {i: tokenizer.decode([i]) for i in completions.tokens.unique().tolist()}
+    ids = completions.tokens.unique().tolist()
+    text = dict(zip(ids, tokenizer.pieces(ids), strict=True))
     classes = torch.zeros_like(completions.tokens)
     for row, length in enumerate(completions.lengths.tolist()):
         tokens = [text[i] for i in completions.tokens[row, :length].tolist()]

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import stat
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 
 from safetensors import SafetensorError, safe_open
@@ -158,16 +158,22 @@ def to_json(value, **layout) -> str:
 def append(path, row: dict):
     """Add a row to a JSONL file; floats keep 6 significant digits."""
     row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-    with writing(path), open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8", newline="\n") as file:
         file.write(to_json(row) + "\n")
 
 
 def sync(path):
     """Put what was written to a file or folder on the disk, before anything that comes later."""
-    with suppress(PermissionError):  # Windows opens no folder, and syncs what it may write to
-        file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        os.fsync(file)
-        os.close(file)
+    is_folder = path.is_dir()
+    try:
+        handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs only such
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError:
+        if not is_folder:  # Windows opens none, and some file systems sync none
+            raise
 
 
 def write_whole(path, data: bytes, keep=1):

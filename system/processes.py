@@ -53,9 +53,9 @@ def hold(folder):
     lock = FileLock(folder / "process.lock", timeout=1, fallback_to_soft=False)
     try:
         lock.acquire()
-        name.write_text(f"process {os.getpid()} on {platform.node()}")
+        name.write_bytes(f"process {os.getpid()} on {platform.node()}".encode())
     except Timeout:  # within that second the other has written its name
-        holder = name.read_text(errors="replace")[:200] if name.is_file() else "another process"
+        holder = name.read_text("utf-8", "replace")[:200] if name.is_file() else "another process"
         raise UserError(f"{folder} is in use by {holder}: wait for its end, or stop it") from None
     except (NotImplementedError, OSError) as error:
         raise UserError(f"{folder} cannot be locked ({error}): use a folder elsewhere") from None

@@ -37,6 +37,9 @@ SHAPE = dict(
 )
 SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
+# Files that take longest begin first: whoever begins one last keeps the others waiting.
+LONGEST = "lessons fuzz resume processes grpo verifier lessons_text fast verifier_growth sample"
+LONGEST = [f"test_{name}" for name in LONGEST.split()]
 TEXT = """Solve this math problem step by step. Put your final answer in \\boxed{}. What is $3+4$?
 The sum of three and four is seven, so the answer is $7$. A train leaves the station at noon and
 travels sixty miles in an hour; how far has it gone by three? It has travelled for three hours."""
@@ -60,13 +63,14 @@ def tiny_model(seed=0, **changes) -> Qwen3:
     return randomise(Qwen3(config_from_dict(raw)), seed)
 
 
-def hf_model(family="qwen3", seed=0, rope_theta=500.0, **changes):
-    """Return a random model of transformers; `changes` are fields of its config."""
+def hf_model(family="qwen3", seed=0, rope_theta=500.0, rope=None, **changes):
+    """Return a random model of transformers; `changes` are fields of its config, and `rope` of its
+    rope_parameters."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    rope = dict(rope_type="default", rope_theta=rope_theta)
+    rope = dict(rope_type="default", rope_theta=rope_theta) | (rope or {})
     config = transformers.AutoConfig.for_model(family, **SHAPE | changes, rope_parameters=rope)
     return randomise(transformers.AutoModelForCausalLM.from_config(config), seed)
 
@@ -104,6 +108,11 @@ def save_tokenizer(folder):
     file.train_from_iterator([TEXT], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=file, eos_token=SPECIAL[0])
     fast.save_pretrained(folder)
+
+
+def pytest_collection_modifyitems(items):
+    """Put the tests of the longest files first, in the order of LONGEST."""
+    items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 arithmetic in float64."""
 
 import copy
+import multiprocessing
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from sample import Completions
 from train import Settings
 
 EOS = 0  # and what padding is made of: nothing may tell them apart by id
+PRELOAD = ["train", "torch._dynamo", "torch.distributed.run"]  # seconds, and no huggingface_hub
 EPSILON = torch.finfo(torch.float32).eps
 EXACT = 1e-12  # relative; float64 rounds at 2e-16, and no test adds up 1000 numbers one by one
 
@@ -64,6 +66,15 @@ def handmade(prompts, completions, rewards, logps=None):
     rewards = torch.as_tensor(rewards, dtype=torch.get_default_dtype()).view(len(prompts), -1)
     texts = [str(c) for c in completions]
     return Rollout(problems, Completions(tokens, lengths, logps, done), texts, rewards)
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+def forks():
+    """Return a way to start processes: forked from one that has imported all that takes seconds.
+    The first call starts that one, for all tests of this process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 # ---- Gradients -----------------------------------------------------------------------------------
@@ -175,10 +186,10 @@ def rollout_in_double(rollout):
 
 
 def gradient_in_double(model, rollout, advantages, cfg, compare=False):
-    """Return what `gradient` does, computed in float64 from the same numbers."""
+    """Return what `gradient` does with a model in float64, from the same numbers."""
     given = (rollout_in_double(rollout), advantages.double(), cfg, compare)
     with double():
-        found, metrics, multipliers = gradient(in_double(model), *given)
+        found, metrics, multipliers = gradient(model, *given)
     assert found.dtype == multipliers.dtype == torch.float64
     return found, metrics, multipliers
 

@@ -35,7 +35,11 @@ def parity(ids):
     return rf"\boxed{{{sum(ids) % 2}}}"
 
 
-TOKENIZER = SimpleNamespace(eos_ids=[EOS], decode=parity)
+def pieces(ids):
+    return [str(i) for i in ids]
+
+
+TOKENIZER = SimpleNamespace(eos_ids=[EOS], decode=parity, pieces=pieces)
 PROBLEMS = [dict(problem=str(p), answer="1", prompt=p, negative=p[:1] + p) for p in PROMPTS]
 
 

@@ -8,7 +8,6 @@ imported torch, which takes seconds. Nothing goes online.
 import hashlib
 import importlib.util
 import json
-import multiprocessing
 import os
 import re
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, hf_model, save_tokenizer
+from helpers import forks
 
 from data.problems import HUB, load_problems
 from hf.checkpoint import hub_model, load_model
@@ -28,7 +28,6 @@ from lora import add_lora
 from system.errors import UserError, run_cli
 
 OLD, NEW = "1" * 40, "2" * 40  # two commits of every repository
-PRELOAD = ["hf.checkpoint", "data.problems"]  # what takes long to import, and no huggingface_hub
 
 
 class Hub:
@@ -133,10 +132,8 @@ def hub():
 def in_process(function, args, hub, cache, **changes):
     """Call a function where huggingface_hub is not imported yet; returns exit code and output."""
     env = dict(HF_ENDPOINT=hub.url, HF_HOME=str(cache), HF_HUB_DISABLE_PROGRESS_BARS="1") | changes
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(PRELOAD)
     logs = [str(Path(cache).with_suffix(end)) for end in (".out", ".err")]
-    process = forks.Process(target=child, args=(function, args, env, logs))
+    process = forks().Process(target=child, args=(function, args, env, logs))
     process.start()
     process.join(60)
     assert process.exitcode is not None, "it hangs"
@@ -153,6 +150,7 @@ def child(function, args, env, logs):
         if name.startswith("HF_") or "proxy" in name.lower():
             del os.environ[name]
     os.environ |= env
+    sys.path[:0] = filter(None, [os.environ.get("HUB_AT")])  # another huggingface_hub, to try it
     os.chdir(ROOT)
     torch.set_num_threads(1)
     function(*args)
@@ -235,6 +233,7 @@ def test_a_pinned_checkpoint_and_then_without_network(hub, sharded, tmp_path):
     hub.log.clear()
     assert read(hub, tmp_path, call) == [path]
     assert hub.asked() == hub.asked("HEAD") == []
+    hub.log.clear()
     assert read(hub, tmp_path, call, ["model", "some/tiny"], HF_HUB_OFFLINE="1") == [
         path,
         "some/tiny is not all in the cache, and the Hub out of reach: unset HF_HUB_OFFLINE",

@@ -147,6 +147,41 @@ def test_a_run_folder_is_an_adapter(base, tmp_path):
     assert torch.equal(logits(load_adapter(load_model(base[1]), tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize("names", ["default", "my-task"])
+@pytest.mark.parametrize("place", [".", "my-task", "checkpoints/checkpoint-20"])
+def test_adapters_load_as_programs_leave_them(base, tmp_path, names, place):
+    """PEFT's folder for a named adapter, a trainer's for a checkpoint, the names of a state dict:
+    such an adapter would be none, or, in PEFT itself, one that does nothing."""
+    save_adapter(adapted(base[1]), tmp_path / place)
+    plain = logits(load_adapter(load_model(base[1]), tmp_path / place))
+    tensors = load_file(tmp_path / place / WEIGHTS)
+    renamed = {name.replace(".weight", f".{names}.weight"): x for name, x in tensors.items()}
+    save_file(renamed, tmp_path / place / WEIGHTS)
+    edit_json(tmp_path / place / CONFIG, init_lora_weights="eva")  # B starts at 0, as usual
+    assert torch.equal(logits(load_adapter(load_model(base[1]), tmp_path)), plain)
+
+
+def test_what_is_no_adapter_or_several_is_said(base, tmp_path):
+    """An adapter at random, of two; or a missing file, where the user gave the model."""
+
+    def says(words):
+        with pytest.raises(UserError, match=words):
+            load_adapter(load_model(base[1]), tmp_path)
+
+    (tmp_path / "config.json").touch()
+    says("holds no adapter, .* is missing: is it a --model?")
+    for step in (10, 20):
+        save_adapter(adapted(base[1]), tmp_path / f"checkpoint-{step}")
+    says("holds several adapters: give one, such as .*checkpoint-20")
+    (tmp_path / CONFIG).write_bytes((tmp_path / "checkpoint-20" / CONFIG).read_bytes())
+    (tmp_path / "adapter_model.bin").touch()
+    says(r"as \.bin, which can hold code: save it again")
+    tensors = load_file(tmp_path / "checkpoint-20" / WEIGHTS)
+    two = {name.replace(".weight", ".two.weight"): x + 1 for name, x in tensors.items()}
+    save_file(tensors | two, tmp_path / WEIGHTS)
+    says("holds several adapters: save one alone")
+
+
 def test_a_second_adapter_is_refused(base, tmp_path):
     """Put over another one, an adapter would be added to it, or take its layers for the base."""
     peft_model(base[0]).save_pretrained(tmp_path)

@@ -12,8 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, edit_json, hf_model, tiny_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
+from hf.checkpoint import Tokenizer as OurTokenizer
 from hf.checkpoint import config_from_dict, load_model, load_tokenizer
 from model import KVCache, Qwen3
 from run.flags import load_base
@@ -21,6 +23,9 @@ from sample import generate
 from system import errors
 from system.errors import UserError, run_cli
 
+# In 64 tokens the pairs of a head turn 10 (kept), 2.9 (between), 0.8, 0.2 and 0.1 times.
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= dict(original_max_position_embeddings=64)
 SHAPES = {  # what transformers builds; the defaults are in conftest.SHAPE
     "qwen3": dict(),
     "qwen3-1-kv-head": dict(num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True),
@@ -29,6 +34,7 @@ SHAPES = {  # what transformers builds; the defaults are in conftest.SHAPE
     "qwen2": dict(tie_word_embeddings=True, num_hidden_layers=3, rope_theta=1e6),
     "qwen2-1-kv-head": dict(num_key_value_heads=1, vocab_size=301, rms_norm_eps=0.1),
     "llama": dict(rope_theta=10000.0, intermediate_size=33),
+    "llama-3.1": dict(rope=dict(LLAMA3)),
     "llama-odd-head-dim": dict(head_dim=14, num_key_value_heads=4, tie_word_embeddings=True),
 }
 COUNTS = {"0.6B": 596_049_920, "1.7B": 1_720_574_976, "4B": 4_022_468_096, "8B": 8_190_735_360}
@@ -40,12 +46,18 @@ def random_ids(*shape, seed=0, vocab=300):
 
 
 def to_older_form(path):
-    """Rewrite a config.json of transformers 5 as transformers 4 and the Hub's files have it."""
+    """Rewrite a config.json of transformers 5 as transformers 4 and the Hub's files have it, old
+    ones without what is the default."""
     raw = json.loads(path.read_text())
-    theta = raw["rope_parameters"]["rope_theta"]
-    default = 128 if raw["model_type"] == "qwen3" else raw["hidden_size"] // 4
-    drop = ["rope_parameters", "layer_types", "dtype"] + ["head_dim"] * (raw["head_dim"] == default)
-    edit_json(path, drop, rope_theta=theta, rope_scaling=None, torch_dtype="float32")
+    scaling = dict(raw["rope_parameters"])
+    raw["rope_theta"] = scaling.pop("rope_theta")
+    default = dict(rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=False)
+    default["head_dim"] = 128 if raw["model_type"] == "qwen3" else raw["hidden_size"] // 4
+    drop = ["rope_parameters", "layer_types", "dtype"]
+    drop += [name for name, value in default.items() if raw.get(name) == value]
+    scaling = None if scaling["rope_type"] == "default" else scaling
+    changes = dict(rope_theta=raw["rope_theta"], rope_scaling=scaling, torch_dtype="float32")
+    edit_json(path, drop, **changes)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -96,6 +108,34 @@ def test_tokenizer_equals_transformers(folder, text):
     assert ours.decode(ids) == text == theirs.decode(ids)
     for part in range(len(ids)):  # tokens that end within a character
         assert ours.decode(ids[part:]) == theirs.decode(ids[part:])
+
+
+def sentencepiece():
+    """Return the tokenizers that Llama 2 and Gemma have: spaces are part of the tokens."""
+    pieces = ["<unk>", "<0xF0>", "<0x9F>", "▁", "▁The", "▁answer", "▁is", ".", "▁4", "2", "a"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    for prepend, strip in [("always", True), ("never", False)]:
+        file = Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+        space = pre_tokenizers.Metaspace(prepend_scheme=prepend)
+        file.pre_tokenizer = space
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        parts += [decoders.Strip(" ", 1, 0)] if strip else []
+        for decoder in (decoders.Sequence(parts), decoders.Metaspace(prepend_scheme=prepend)):
+            file.decoder = decoder
+            yield OurTokenizer(file, [0])
+
+
+def test_tokens_keep_their_spaces(folder):
+    """Decoded one by one, SentencePiece's tokens lose the space that they begin with, on the page
+    and for the token classes."""
+    for tokenizer in sentencepiece():
+        ids = [4, 5, 6, 8, 9, 7, 4]
+        assert "".join(tokenizer.pieces(ids)) == tokenizer.decode(ids)
+        assert tokenizer.pieces(ids)[1:] == [" answer", " is", " 4", "2", ".", " The"]
+        assert tokenizer.pieces([]) == []
+    bytewise = load_tokenizer(folder)
+    ids = bytewise.encode(" a  b\n数<|im_end|>")
+    assert bytewise.pieces(ids) == [bytewise.decode([i]) for i in ids]
 
 
 def test_tokenizer_neither_cuts_nor_pads(scratch):
@@ -228,14 +268,93 @@ def test_wrong_tensors_are_refused(scratch, name, tensor, message):
         load_model(scratch)
 
 
-def test_tied_model_with_its_head_in_the_file_loads(scratch):
-    """Some files hold the tied head a second time; that is no reason to refuse them."""
-    state = load_file(scratch / "model.safetensors")
-    head = state["model.embed_tokens.weight"].clone()
-    save_file(state | {"lm_head.weight": head}, scratch / "model.safetensors")
+EMBEDDING = "model.embed_tokens.weight"
+STALE = dict(quant_method="bitsandbytes", load_in_4bit=True)
+
+
+@pytest.mark.parametrize(
+    "what", ["head twice", "head only", "inv_freq", "index", "words", "window"]
+)
+def test_what_transformers_ignores_is_ignored(scratch, what):
+    """A checkpoint that transformers loads, refused for what does not matter; or, silently, the old
+    shards of an index that nobody deleted."""
+    path = scratch / "model.safetensors"
+    state = load_file(path)
+    want = state[EMBEDDING].clone()
+    if what.startswith("head"):
+        state["lm_head.weight"] = want.clone()
+    if what == "head only":
+        del state[EMBEDDING]
+    if what == "inv_freq":
+        state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
+    if what == "index":
+        old = {name: torch.zeros_like(x) for name, x in state.items()}
+        save_file(old, scratch / "old.safetensors")
+        index = dict(weight_map=dict.fromkeys(old, "old.safetensors"))
+        (scratch / "model.safetensors.index.json").write_text(json.dumps(index))
+    if what == "words":  # what a QLoRA run's base said of itself
+        edit_json(scratch / "config.json", quantization_config=STALE)
+    if what == "window":
+        edit_json(scratch / "config.json", **SLIDING)  # which begins after layer 28
+    save_file(state, path)
     model = load_model(scratch)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert torch.equal(model.lm_head.weight, head)
+    assert torch.equal(model.lm_head.weight, want)
+
+
+PACKED = torch.ones(4, 4, dtype=torch.int32)
+GATE = "model.layers.1.mlp.gate_proj"
+BY_NAME = {  # of a quantised matrix: what tensors there are, and what config.json says
+    "fp8": ({"weight": PACKED.to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1)}, None),
+    "awq": (dict(qweight=PACKED, qzeros=PACKED, scales=torch.ones(4).half()), "awq"),
+    "gptq": (dict(qweight=PACKED, g_idx=PACKED, scales=torch.ones(4).half()), "gptq"),
+    "GPTQ or AWQ": (dict(qweight=PACKED, qzeros=PACKED), None),
+    "bitsandbytes": ({"weight": PACKED.byte(), "weight.absmax": torch.ones(2)}, None),
+    "int32": (dict(weight_packed=PACKED), None),
+}
+
+
+@pytest.mark.parametrize("kind", BY_NAME)
+def test_quantised_checkpoints_are_refused_as_such(scratch, kind):
+    """A traceback from torch, or a shape that does not fit: neither says what to do."""
+    tensors, said = BY_NAME[kind]
+    state = load_file(scratch / "model.safetensors")
+    del state[f"{GATE}.weight"]
+    state |= {f"{GATE}.{name}": x.clone() for name, x in tensors.items()}
+    save_file(state, scratch / "model.safetensors")
+    if said:
+        edit_json(scratch / "config.json", quantization_config=dict(quant_method=said))
+    with pytest.raises(
+        UserError, match=rf"quantised weights \(.*{kind}.*\), such as .*: give the model"
+    ):
+        load_model(scratch)
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter: give it as --adap"),
+        (["adapter_config.json", "config.json", "adapter_model.bin"], "a LoRA adapter: give it as"),
+        (["config.json", "trainer.safetensors", "metrics.jsonl"], "a LoRA adapter: give it as --a"),
+        (["config.json", "tokenizer.json", "pytorch_model.bin"], r"only \.bin files, which can"),
+        (["config.json", "pytorch_model-00001-of-00002.bin", "tokenizer.model"], r"only \.bin fi"),
+        (["model-q4_k_m.gguf", "README.md"], "only GGUF, quantised weights: give"),
+        (
+            ["refs/main", "blobs/0", "snapshots/0123/config.json"],
+            "cache: give the folder in .*snapshots$",
+        ),
+        (["tokenizer.json", "model.safetensors"], "it has no config.json"),
+        ([], "it has no config.json"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_other_folders_are_refused_by_what_they_are(tmp_path, load, names, message):
+    """Words about end tokens or a missing file, for an adapter or a folder of the cache."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 1000, -2, None])
@@ -259,6 +378,7 @@ def test_missing_folder_is_refused(name):
 
 
 YARN = dict(rope_type="yarn", factor=4.0, rope_theta=500.0)
+SLIDING = dict(use_sliding_window=True, sliding_window=8, layer_types=None)
 OLDER = dict(rope_parameters=None, rope_theta=500.0)
 
 
@@ -269,14 +389,24 @@ OLDER = dict(rope_parameters=None, rope_theta=500.0)
         ("mistral", {}, "mistral"),
         ("qwen3", dict(rope_parameters=YARN), "rope scaling"),
         ("llama", dict(rope_scaling=dict(type="linear", factor=2.0), **OLDER), "rope scaling"),
-        ("llama", dict(rope_scaling=dict(rope_type="llama3"), **OLDER), "rope scaling"),
-        ("qwen2", dict(use_sliding_window=True, sliding_window=8), "sliding"),
+        (
+            "llama",
+            dict(rope_scaling=dict(rope_type="llama3"), **OLDER),
+            "scaling of type llama3 by",
+        ),
+        ("llama", dict(rope_parameters=LLAMA3 | dict(factor=0)), "scaling of type llama3 by"),
+        ("llama", dict(rope_parameters=LLAMA3 | dict(factor="8")), "factor should be of type"),
+        ("llama", dict(partial_rotary_factor=0.5), "rotary embeddings of a part"),
+        ("qwen2", dict(rope_parameters=dict(full_attention=YARN)), "by the type of layer"),
+        ("qwen2", SLIDING | dict(max_window_layers=1), "sliding"),
+        ("qwen3_moe", dict(num_experts=4), "'qwen3_moe' is a mixture of experts"),
+        ("mixtral", dict(num_local_experts=8), "'mixtral' is a mixture of experts"),
         ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "sliding"),
         ("llama", dict(attention_bias=True), "attention_bias"),
         ("qwen3", dict(attention_bias=True), "attention_bias"),
         ("qwen3", dict(hidden_act="gelu"), "gelu"),
         ("qwen3", dict(hidden_size=None), "hidden_size"),
-        ("qwen3", dict(rope_parameters=None), "rope_theta"),
+        ("qwen3", dict(rope_parameters=dict(rope_theta=0)), "no rope_theta"),
         ("qwen3", dict(num_attention_heads="4"), "num_attention_heads should be of type int"),
         ("qwen3", dict(hidden_size=40.0), "hidden_size should be of type int, not float"),
         ("qwen3", dict(num_hidden_layers=True), "num_hidden_layers should be of type int"),
@@ -445,6 +575,8 @@ def test_a_tokenizer_of_another_model_is_refused(scratch):
         return load_base(SimpleNamespace(**s))
 
     load()
+    edit_json(scratch / "generation_config.json", eos_token_id=0)
+    assert [load(chat=chat)[1].eos_ids for chat in (False, True)] == [[0], [0, 2]]  # <|im_end|>
     edit_json(scratch / "generation_config.json", eos_token_id=[2, 310])
     load()  # the last embedding, which the tokenizer does not use
     edit_json(scratch / "generation_config.json", eos_token_id=[2, 311])
@@ -454,7 +586,16 @@ def test_a_tokenizer_of_another_model_is_refused(scratch):
     path = scratch / "tokenizer.json"
     whole = json.loads(path.read_text())
     raw = copy.deepcopy(whole)
-    raw["model"]["vocab"][max(raw["model"]["vocab"], key=len)] = 9000  # few tokens, but a far id
+    for i in range(300, 312):
+        token = dict(id=i, content=f"[PAD{i}]")
+        raw["added_tokens"].append(raw["added_tokens"][-1] | token)
+    path.write_text(json.dumps(raw))
+    _, tokenizer = load()  # no text produces it
+    with pytest.raises(UserError, match=r"for '\[PAD311\]' in the text '\[PAD311\]3\?'"):
+        tokenizer.encode("What is [PAD310][PAD311]3?")
+    raw = copy.deepcopy(whole)
+    long = max((token for token in raw["model"]["vocab"] if "<" not in token), key=len)
+    raw["model"]["vocab"][long] = 9000  # few tokens, but a far id
     path.write_text(json.dumps(raw))
     with pytest.raises(UserError, match="id 9000"):
         load()

@@ -1,7 +1,6 @@
 """A run on several processes, which torchrun starts, is the run on one: the same completions, the
 same metrics, whichever process dies, and with however many it goes on."""
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -12,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.run
-from helpers import advantages_of, close, gradient, rollout_of, settings, tiny_model
+from helpers import advantages_of, close, forks, gradient, rollout_of, settings, tiny_model
 from safetensors.torch import load_file, save_file
-from test_resume import PRELOAD, assert_same_run, few_problems, finish, rows
+from test_resume import assert_same_run, few_problems, finish, rows
 
 from run import checkpoints
 from sample import Completions
@@ -35,13 +34,6 @@ def torchrun(arguments, log):
         os.dup2(file.fileno(), 2)
     os.environ |= dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HOUSE))
     torch.distributed.run.main(["--standalone", "--nproc-per-node", *arguments])
-
-
-def forks():
-    """A way to start processes: forked from one that has imported all that takes seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
 
 
 def launch(number, folder, flags):

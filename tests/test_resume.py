@@ -10,8 +10,8 @@ kill can be aimed at any of these, and at what comes before.
 import ast
 import contextlib
 import errno
+import fcntl
 import json
-import multiprocessing
 import os
 import platform
 import random
@@ -29,7 +29,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from helpers import tiny_model
+from helpers import forks, tiny_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train
@@ -47,7 +48,6 @@ TIMING = {"seconds_rollout", "seconds_update", "tokens_per_second"}
 ADAPTER = "adapter/adapter_model.safetensors"
 SMALL = "--steps 6 --prompts 2 --samples 3 --max-new-tokens 16 --eval-problems 4 --eval-samples 2"
 SMALL = f"{SMALL} --save-every 2 --eval-every 3 --credit uniform --seed 2".split()
-PRELOAD = ["train", "torch._dynamo", "torch.distributed.run"]  # all that takes long to import
 CORES = len(os.sched_getaffinity(0))  # as many threads does torch use if nobody tells it otherwise
 PHASES = {"sampling": 0.1, "update": 0.1, "saving": 0.02, "evaluation": 0.1}  # and their seconds
 # Of main's run. It is starting while model and checkpoint are read, and before that importing.
@@ -100,13 +100,11 @@ def child(flags, log, pipe, moment, limit, breaks, threads):
 
 def start(folder, flags, moment=None, limit=resource.RLIM_INFINITY, breaks=0, threads=1):
     """A process that begins the run in this folder, or goes on with it, and a pipe from it."""
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(PRELOAD)
-    pipe, theirs = forks.Pipe()
+    pipe, theirs = forks().Pipe()
     more = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
     log = folder.with_suffix(".log")
     arguments = ([*flags, *more], log, theirs, moment, limit, breaks, threads)
-    process = forks.Process(target=child, args=arguments)
+    process = forks().Process(target=child, args=arguments)
     process.start()
     theirs.close()
     return process, pipe
@@ -412,6 +410,51 @@ def test_files_are_on_the_disk_before_they_count(monkeypatch, tmp_path):
         ("sync", tmp_path.name),
     ]
     assert seen[:4] == order
+
+
+def as_on_windows(monkeypatch):
+    """Have folders not be opened, files be synced through handles that may write only, and nothing
+    that is open or mapped be replaced: as on Windows."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    def open_file(path, flags, *rest):
+        return refuse() if os.path.isdir(path) else os_open(path, flags, *rest)
+
+    def sync(handle):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        fsync(handle)
+
+    def in_use(path):
+        handles = {os.path.realpath(x) for x in Path("/proc/self/fd").iterdir()}
+        return str(path) in handles or str(path) in Path("/proc/self/maps").read_text()
+
+    os_open, fsync, replace = os.open, os.fsync, os.replace
+    move = lambda a, b: refuse() if in_use(a) or in_use(b) else replace(a, b)  # noqa: E731
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", move)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
+def test_a_run_saves_its_files_as_windows_allows(monkeypatch, tmp_path):
+    """No run can start on Windows, or none goes on: a folder is opened, or a checkpoint replaced
+    that is still mapped."""
+    as_on_windows(monkeypatch)
+    cfg = train.Settings(out=str(tmp_path), keep_checkpoints=2)
+    for step in (1, 2, 3):
+        model, optimizer = state(step)
+        files.append(tmp_path / "metrics.jsonl", dict(step=step))
+        checkpoints.save(tmp_path, model, optimizer, step, cfg)
+        held, found = checkpoints.newest_checkpoint(tmp_path)  # of the step before, still in use
+        again = load_adapter(tiny_model(lora=False), tmp_path)
+        assert found == step and held
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(again(ids), model(ids))
+    with safe_open(tmp_path / "trainer.safetensors", "pt"), pytest.raises(OSError, match="denied"):
+        checkpoints.save(tmp_path, model, optimizer, 4, cfg)  # the simulation does refuse
 
 
 # ---- Stopped -------------------------------------------------------------------------------------
