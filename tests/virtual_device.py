@@ -20,14 +20,13 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from virtual_kernels import FOR_CUDA
 
 COPIES = {"_to_copy", "copy_"}  # they may have tensors of two devices, and then wait
 # The host waits for these: it needs the numbers to know the size or the value of the result.
 WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount"}
 WAITS |= {"_unique2", "unique_dim", "unique_consecutive"}
 INDEXING = {"index", "index_put", "index_put_"}  # by a mask they wait, too
-# Kernels that only CUDA has: a product of bf16 matrices whose sums are written out in fp32.
-FOR_CUDA = {torch.ops.aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype)}
 
 
 class VirtualTensor(torch.Tensor):
@@ -154,6 +153,7 @@ class VirtualGPU(TorchDispatchMode):
         fakes = dict(_lazy_init=lambda: None, set_device=self.set_device, CUDAGraph=Graph)
         fakes |= dict(graph=self.capture, graph_pool_handle=list)
         fakes |= dict(mem_get_info=lambda *_: (2**30, 2**30), current_device=lambda: self.current)
+        fakes |= dict(get_device_capability=lambda *_: (9, 0))
         self.patches = ExitStack()
         self.patches.enter_context(mock.patch.multiple(torch.cuda, **fakes))
         self.attend = F.scaled_dot_product_attention
