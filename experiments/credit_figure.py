@@ -7,8 +7,12 @@ import sys
 import warnings
 from pathlib import Path
 
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
+try:
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+except ModuleNotFoundError:
+    print("error: the figure needs matplotlib: pip install matplotlib", file=sys.stderr)
+    sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
 from system.errors import Parser, run_cli

@@ -12,7 +12,13 @@ from statistics import fmean
 
 import torch
 
-from hf.checkpoint import INDEX, checkpoint_folder, config_from_dict, weight_files
+from hf.checkpoint import (
+    INDEX,
+    check_quantised,
+    checkpoint_folder,
+    config_from_dict,
+    weight_files,
+)
 from hf.hub import hub_folder
 from hf.peft import CONFIG, PREFIX, adapter_folder, load_adapter, read_adapter
 from lora import lora_layers
@@ -42,6 +48,7 @@ def copy_merged(source: Path, target: Path, layers, adapter) -> dict:
     """Copy a file of weights, and in the copy add the adapter to those of these layers: in fp32,
     one at a time, then in the weight's dtype. Return which share of each has changed by that."""
     weights, _ = files.read_tensors(source)
+    check_quantised(weights, {}, source)
     found = {name: weights[name] for name in weights.keys() & layers.keys()}
     files.check_tensors(found, {name: layers[name].base.weight for name in found}, source)
     shares = {}

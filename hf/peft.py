@@ -129,7 +129,8 @@ def read_config(folder: Path) -> dict:
     refused += ["lora_dropout"] if config["lora_dropout"] > 1 else []
     refused += [name for name in ("r", "lora_alpha") if config[name] == 0]
     if refused:
-        raise UserError(f"{folder}: {refused[0]} = {config.get(refused[0])!r} is not supported")
+        said = f"{refused[0]} = {config.get(refused[0])!r}"
+        raise UserError(f"{folder}: {said} is not supported: merge it by PEFT, for --model")
     # For rsLoRA PEFT scales by alpha / sqrt(rank): arXiv 2312.03732.
     config["lora_alpha"] *= math.sqrt(config["r"]) if config["use_rslora"] else 1.0
     return config

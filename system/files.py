@@ -156,7 +156,9 @@ def check_tensors(found: dict, expected: dict, folder):
         have = tuple(found[name].shape) if name in found else "no such"
         want = tuple(expected[name].shape) if name in expected else "no such"
         if have != want or not found[name].is_floating_point() or found[name].element_size() < 2:
-            raise UserError(f"{folder}: {have} tensor {name}, but {want} float expected")
+            raise UserError(
+                f"{folder}: {have} tensor {name}, but {want} float expected: another model's?"
+            )
         smallest, largest = found[name].aminmax()  # makes no copy; NaN if there is one
         if not smallest.isfinite() or not largest.isfinite():
             raise UserError(f"{folder}: tensor {name} holds NaN or infinity: get the file again")

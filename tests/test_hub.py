@@ -2,7 +2,8 @@
 
 huggingface_hub reads its environment when it is imported, so every reader is a process of its own,
 with HF_ENDPOINT at the server and a cache in the test's folder. It is forked from one that has
-imported torch, which takes seconds. Nothing goes online.
+imported torch, which takes seconds. Nothing goes online. HUB_AT=FOLDER has the readers use another
+version, from `pip install --target FOLDER huggingface_hub==2.4.0`.
 """
 
 import hashlib
@@ -312,6 +313,8 @@ def test_a_line_that_drops_is_taken_up_where_it_dropped(hub, sharded, tmp_path):
     shard = max(needed(files), key=lambda name: len(files[name]) * name.endswith("safetensors"))
     hub.cut[shard] = 20_000
     [path] = read(hub, tmp_path, ["model", "some/tiny"], prepare=small_pieces)
+    if "HUB_AT" in os.environ and "cannot be downloaded (" in path:
+        [path] = read(hub, tmp_path, ["model", "some/tiny"])  # 0.36 and 1.0 wait for another call
     ranges = [asked for method, url, asked in hub.log if method == "GET" and shard in url]
     assert ranges == [None, "bytes=16384-"]
     for name in needed(files):
@@ -328,15 +331,18 @@ def test_a_download_that_failed_goes_on_with_the_next_file(hub, sharded, tmp_pat
     [error] = read(hub, tmp_path, ["model", "some/tiny"])
     assert error.startswith("some/tiny cannot be downloaded (") and "500" in error
     assert error.endswith("try again; whole files are kept")
-    for tree in tmp_path.rglob("trees"):  # the library's list of what there should be
-        listed = list(tree.iterdir())
-        assert listed
+    # The library's list of what there should be. (0.36 and 1.0 have none.)
+    listed = [file for tree in tmp_path.rglob("trees") for file in tree.iterdir()]
+    assert listed or "HUB_AT" in os.environ
     offline = "unset HF_HUB_OFFLINE"
     [error] = read(hub, tmp_path, ["model", "some/tiny"], HF_HUB_OFFLINE="1")
-    assert error == f"some/tiny is not all in the cache, and the Hub out of reach: {offline}"
-    listed[0].unlink()
+    absent = f"some/tiny has no {shard} at {NEW} in the cache: go online"
+    said = f"some/tiny is not all in the cache, and the Hub out of reach: {offline}"
+    assert error == (said if listed else absent)
+    for file in listed:
+        file.unlink()
     [error] = read(hub, tmp_path, ["model", "some/tiny"], HF_HUB_OFFLINE="1")
-    assert error == f"some/tiny has no {shard} at {NEW} in the cache: go online"
+    assert error == absent
     hub.broken.clear()
     hub.log.clear()
     [path] = read(hub, tmp_path, ["model", "some/tiny"])
