@@ -73,7 +73,7 @@ def evidence(said: str) -> str:
 def caught(code: int, said: str) -> bool:
     """Return whether a test failed, and by an assertion: a crash is no proof that it looks at the
     bug."""
-    return code == 1 and bool(re.search(r"^E   +(assert|AssertionError)\b", said, re.MULTILINE))
+    return code == 1 and bool(re.search(r"^(E   +)?(assert|AssertionError)\b", said, re.MULTILINE))
 
 
 def main():

@@ -54,7 +54,7 @@ from view.draw import page, show
 
 ROOM = 2**30  # bytes that a loader may allocate beyond what is there; the files have 200 kB
 SECONDS = 5  # of processor time for a file
-MANY = int(os.environ.get("FUZZ_EXAMPLES", 200))
+MANY = int(os.environ.get("FUZZ_EXAMPLES", 100))
 SEED = int(os.environ.get("FUZZ_SEED", 0))
 FEW_OR_MANY = pytest.mark.parametrize("examples", [15, pytest.param(MANY, marks=pytest.mark.long)])
 TALLY = Counter()  # what became of the files

@@ -27,7 +27,7 @@ from system.errors import UserError
 
 HOUSE = Path(__file__).parent.parent
 AT_ONCE = 2  # copies tested at the same time
-QUICKLY = ["-o", "addopts=", "-q", "--tb=short", "--assert=plain", "-p", "no:cacheprovider"]
+QUICKLY = ["-o", "addopts=", "-q", "--tb=native", "--assert=plain", "-p", "no:cacheprovider"]
 LIBRARIES = ["sympy", "hypothesis", "peft", "safetensors.torch", "tokenizers", "tqdm"]
 LIBRARIES += ["transformers.generation", "torch.utils.checkpoint", "transformers.models.auto"]
 LIBRARIES += [f"transformers.models.{x}.modeling_{x}" for x in ("qwen3", "qwen2", "llama")]
@@ -186,13 +186,14 @@ def try_out(kind, what, log):
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "copy"
             tests = prepare(kind, what, out)
+            enough = ["--exitfirst"] if kind == "mistake" else []  # one that notices it
             ours = {path.stem for path in [*HOUSE.iterdir(), *HOUSE.glob("tests/*.py")]}
             for name in [name for name in sys.modules if name.split(".")[0] in ours]:
                 del sys.modules[name]  # the copy has its own
             not_ours = [p for p in sys.path if p not in (str(HOUSE), str(HOUSE / "tests"))]
             sys.path[:] = [str(out), *not_ours]
             os.chdir(out)
-            code = int(pytest.main([*QUICKLY, *tests], plugins=[OneFailure()]))
+            code = int(pytest.main([*QUICKLY, *enough, *tests], plugins=[OneFailure()]))
             os.chdir("/")
     except BaseException:
         traceback.print_exc()
