@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 import credit
 from data.problems import add_prompts
@@ -177,59 +178,35 @@ def split_rows(rollout: Rollout, chosen, budget, device):
     return list(torch.tensor(rows, dtype=torch.long).split(max(1, budget // width))) if rows else []
 
 
-# The one line at which fast/ is entered; it replaces the two functions above.
+# Where fast/ is entered; it replaces the two functions above, and PyTorch's way to compute again.
 lay_out, split = (fast.pack, fast.micro_batches) if fast else (pad_rows, split_rows)
+recomputed = fast.recomputed if fast else partial(checkpoint, use_reentrant=False)
 
 
 # ---- Signals of a micro-batch --------------------------------------------------------------------
-def head(model, hidden, targets, temperature):
-    """Return log pi(target) (n,), and log pi of all tokens (n, V), at states hidden (n, D)."""
-    logits = model.logits(hidden)  # (n, V)
-    if temperature != 1:
-        logits = logits / temperature
-    logps = torch.log_softmax(logits, dim=-1)
-    return logps.gather(-1, targets[:, None])[:, 0], logps
-
-
-class Recomputed(torch.autograd.Function):
-    """The log-probs and entropies of `head`. For the backward pass autograd would keep (n, V)
-    numbers; here they are made again in it."""
-
-    @staticmethod
-    def forward(ctx, hidden, targets, model, temperature):
-        ctx.save_for_backward(hidden, targets)
-        ctx.how = (model, temperature)
-        logps, all_logps = head(model, hidden, targets, temperature)
-        return logps, entropy(all_logps)
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        hidden, targets = ctx.saved_tensors
-        model, temperature = ctx.how
-        with torch.enable_grad():
-            hidden = hidden.detach().requires_grad_()
-            logps, _ = head(model, hidden, targets, temperature)
-        (at_hidden,) = torch.autograd.grad(logps, hidden, grad)
-        return at_hidden, None, None, None
-
-
 def token_logps(model, hidden, targets, temperature=1.0, chunk=None):
     """Return log pi(target) (N,) and the entropy of pi (N,), fp32 nats, at states hidden (N, D).
 
     The head runs on a chunk of tokens at a time; of several, the (chunk, V) logits are made again
-    in the backward pass instead of kept. (A loop over chunks that autograd sees keeps every chunk's
-    logits, and saves nothing.) The entropy carries no gradient.
+    in the backward pass instead of kept. (A loop over chunks without `recomputed` keeps every
+    chunk's logits for backward, and saves nothing.) The entropy carries no gradient.
     """
+
+    def head(h, y, with_entropy=True):
+        logits = model.logits(h) / temperature  # (chunk, V)
+        logps = torch.log_softmax(logits, dim=-1)
+        with torch.no_grad():
+            uncertainty = entropy(logps) if with_entropy else None
+        return logps.gather(-1, y[:, None])[:, 0], uncertainty
+
     if chunk is None:
         most = MAX_LOGITS_GPU if hidden.is_cuda else MAX_LOGITS
         chunk = max(1, most // model.config.vocab_size)
-    if len(targets) <= chunk:
-        logps, all_logps = head(model, hidden, targets, temperature)
-        return logps, entropy(all_logps.detach())
+    run = head if len(targets) <= chunk else partial(recomputed, head)
     pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    parts = [Recomputed.apply(h, y, model, temperature) for h, y in pairs]
+    parts = [run(h, y) for h, y in pairs]
     logps, entropies = zip(*parts, strict=True)
-    return torch.cat(logps), torch.cat(entropies).detach()
+    return torch.cat(logps), torch.cat(entropies)
 
 
 def hidden_at_targets(model, batch: Batch):

@@ -14,7 +14,6 @@ differently, in fp32 by about 1e-6, and a token changes if its uniform falls in 
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 
 if __name__ == "__main__":
     from system.errors import before_imports
@@ -37,7 +36,7 @@ try:
 except ModuleNotFoundError:
     fast = None  # one can delete fast/: it gives the same numbers in less time
 
-MAX_CACHE = 2**32  # bytes of the KV cache; on a GPU half of what is free at the first sampling
+MAX_CACHE = 2**31  # numbers in the KV cache: 4 GiB in bf16
 BLOCK = 4  # tokens drawn between checks for ended rows; on a GPU each check waits for the device
 
 
@@ -245,22 +244,6 @@ def decode(model, prompts, u, out, eos_ids, cuts, slots):
     decoder.close()
 
 
-@cache
-def cache_bytes(device):
-    """Return how much memory the KV cache may take. It is asked once, so that all calls agree."""
-    if device.type != "cuda":
-        return MAX_CACHE
-    free, _ = torch.cuda.mem_get_info(device)
-    return free // 2
-
-
-def row_bytes(model, columns):
-    """Return what the keys and values of a row of so many tokens take."""
-    config = model.config
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return numbers * columns * model.lm_head.weight.itemsize
-
-
 def generate(
     model, prompts: list[list[int]], n=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0,
     eos_ids=(), seed=0, step=0, max_rows=256, keep=(), only=None,
@@ -269,7 +252,7 @@ def generate(
 
     seed and step key the uniforms; temperature 0 takes the likeliest token. only: the places of the
     prompts to complete, such as a process' share. keep: "entropy" and "hidden" are optional fields.
-    At most max_rows rows and cache_bytes of cache (or one prompt's n rows) are in memory at a time,
+    At most max_rows rows and MAX_CACHE cached numbers, more on a GPU, are in memory at a time,
     which changes no completion. Results are on the CPU. UserError on an empty prompt, n or
     max_new_tokens below 1, a negative temperature, top_p of 0.
     """
@@ -290,7 +273,9 @@ def generate(
     if prompts:
         streams = [uniforms(seed, step, p, i, T + BLOCK) for p, i in numbered]
         u = torch.from_numpy(np.stack(streams)).to(device)
-        most = cache_bytes(device) // row_bytes(model, max(map(len, prompts)) + T)
+        heads = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads
+        each = heads * model.config.head_dim * (max(map(len, prompts)) + T)
+        most = (fast.decoder.cache_room(model, MAX_CACHE) if fast else MAX_CACHE) // each
         slots = max(n, min(max_rows, most, B))
         decode(model, prompts, u, out, eos_ids, (temperature, top_p, top_k), slots)
 

@@ -40,7 +40,7 @@ def config_of(shape):
 
 def write_config(shape, folder):
     """config.json of that shape: all that `train.py --random-init` reads."""
-    config = json.loads((TINY / "config.json").read_text())
+    config = json.loads((TINY / "config.json").read_text("utf-8"))
     config |= {key: value for key, value in vars(config_of(shape)).items() if key in config}
     (folder / "config.json").write_bytes(json.dumps(config).encode())
 

