@@ -160,8 +160,10 @@ class WideProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(weight)
+        # A GPU adds up in fp32 and need only not round.
         if x.is_cuda:
             return torch.mm(x, weight.T, out_dtype=torch.float32)
+        # A CPU multiplies in fp32, a part of the weight at a time.
         x = x.float()
         parts = weight.split(WideProduct.PART // x.shape[1] + 1)
         return torch.cat([x @ part.float().T for part in parts], dim=1)
@@ -225,6 +227,7 @@ class Qwen3(nn.Module):
     def logits(self, hidden):
         """Return the logits (..., V), fp32 or finer, of hidden (..., D)."""
         weight = self.lm_head.weight
+        # In fp32 the head is a linear layer like others.
         if weight.dtype not in (torch.bfloat16, torch.float16):
             return self.lm_head(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1]).to(weight.dtype)  # (N, D)
@@ -293,6 +296,7 @@ class KVCache:
         """
         n = len(going)
         order = torch.arange(n, device=going.device)
+        # The rows that are over among the first n, and those that go on beyond them: as many.
         holes = order[~torch.isin(order, going)]
         order[holes] = going[n - len(holes) :]
         self.copy_rows(self, order[holes], holes, n)

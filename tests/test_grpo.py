@@ -170,7 +170,7 @@ def test_every_completion_token_learns_and_nothing_else(monkeypatch, float64):
         return kept[-1]
 
     monkeypatch.setattr(grpo, "hidden_at_targets", keep)
-    all_rows = lambda rollout, chosen, budget: [torch.arange(8)] * bool(chosen.all())  # noqa: E731
+    all_rows = lambda _, chosen, **__: [torch.arange(8)] * bool(chosen.all())  # noqa: E731
     monkeypatch.setattr(grpo, "split", all_rows)
     model = in_double(tiny_model())
     rollout = rollout_of(model)
