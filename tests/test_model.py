@@ -571,8 +571,9 @@ def test_a_tokenizer_of_another_model_is_refused(scratch):
     end token beyond them never comes: completions run on to the limit."""
 
     def load(**flags):
-        s = dict(model=str(scratch), revision="", device="cpu", dtype="auto") | flags
-        return load_base(SimpleNamespace(**s, chat=False, system="", thinking=""))
+        s = dict(model=str(scratch), revision="", device="cpu", dtype="auto")
+        s |= dict(chat=False, system="", thinking="")
+        return load_base(SimpleNamespace(**s | flags))
 
     load()
     edit_json(scratch / "generation_config.json", eos_token_id=0)
