@@ -39,7 +39,7 @@ class Preset:
 
 # A chat model of half a billion parameters: it must be seen to learn within an hour of a GPU.
 CHAT = dict(model="Qwen/Qwen2.5-Coder-0.5B-Instruct", chat=True, steps=60, prompts=8, samples=8)
-CHAT.update(max_new_tokens=384, lr=5e-5, eval_problems=32, micro_batch_tokens=4096)
+CHAT.update(max_new_tokens=384, lr=2e-4, eval_problems=32, micro_batch_tokens=4096)
 # During training models are evaluated on few problems: the commands after it do the others.
 PRESETS = {
     "tiny": Preset(dict(steps=32, eval_problems=50), 16, (4, 64), (1, 2, 3, 4, 5), 500),

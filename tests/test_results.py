@@ -27,8 +27,9 @@ def intervals(text):
 
 @pytest.fixture(scope="module")
 def sweep_tables():
-    """What tables.py prints of the results of the sweep."""
-    return tables.tables(*read_results(RESULTS / "tiny.json"))
+    """What tables.py prints of the results of the sweeps."""
+    files = [RESULTS / "tiny.json", RESULTS / "chat.json"]
+    return "\n".join(tables.tables(*read_results(path)) for path in files)
 
 
 @pytest.fixture(scope="module")
