@@ -93,7 +93,9 @@ class Bench:
         distributions are as peaked as a trained one's, on which the time of a draw may depend."""
         common.write_config(self.size.shape, self.folder)
         flags = dict(model=str(self.folder), revision="", device=self.device, dtype="bf16")
-        model, _ = load_base(SimpleNamespace(**flags, random_init=True, chat=False))
+        model, _ = load_base(
+            SimpleNamespace(**flags, random_init=True, chat=False, system="", thinking="")
+        )
         W = model.lm_head.weight
         model.model.norm.weight.data.fill_(7 / (float(W.std()) * math.sqrt(W.shape[1])))
         return common.adapted(model, self.size.rank, 2.0 * self.size.rank)
@@ -428,8 +430,8 @@ def run(bench, names):
             well = False
             continue
         try:
+            free()  # where an alarm would be lost, in the collector
             with at_most(min(left, 3 * seconds)):
-                free()
                 block(bench)
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-3:]

@@ -47,7 +47,7 @@ MISTAKES = {  # what people write there: the right words, and the wrong ones
     "uniforms": ("int(sample)", "0"),  # all samples of a prompt are the same
     "top_p_filter": ("mass_before >= top_p", "mass_before + masses >= top_p"),  # loses one token
     "inverse_cdf": ("u * probs.sum(-1)", "u"),  # as if a cut distribution still summed to one
-    "sample_token": ("top_p_filter(logps.exp(), top_p, top_k)", "logps.exp()"),
+    "sample_token": ("top_p_filter(probs, top_p, top_k)", "probs"),
     "LoRALinear.forward": ("alpha=self.scale", "alpha=self.alpha"),
     "adapter_off": ("layer.on = on", "layer.on = True"),  # the inner of two switches it on again
     "add_lora": ("layer.base.in_features", "layer.base.out_features"),

@@ -464,7 +464,7 @@ def test_cli_refuses_what_makes_no_sense(command, monkeypatch, capsys):
         (["--max-new-tokens", "10000000000"], "--max-new-tokens 10000000000: use 1 to"),
         (["--samples", "-1"], "--samples -1: use 1 to"),
         (["--problem", "3"], "unrecognized arguments: --problem"),
-        (["--device", "mps"], "no device 'mps' here: use --device cpu"),
+        (["--device", "mps"], "--device mps: it has no float64"),
         (["--samples", "two"], "--samples: invalid int value: 'two'"),
     ]:
         assert says in refused(command, flags, monkeypatch, capsys)
