@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from data.problems import TINY, add_prompts, load_problems
+from fast.linear import hasten
 from hf.checkpoint import Tokenizer, load_model, load_tokenizer, random_model
 from hf.peft import load_adapter, save_adapter
 from lora import add_lora, lora_parameters
@@ -90,7 +91,8 @@ class Work:
     @cached_property
     def model(self):
         """Our model, with the adapter; one for all of ours, since none of them changes it."""
-        return load_adapter(load_model(self.folder, self.device, self.dtype), self.adapter)
+        model = hasten(load_model(self.folder, self.device, self.dtype))  # as load_base does
+        return load_adapter(model, self.adapter)
 
     def ends(self, free):
         """Our tokenizer; unless completions are free to end, nothing ends them."""
