@@ -5,6 +5,7 @@ the step that a GPU captures; here is what else only fast/ has, and one run of t
 that cannot import it.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -19,9 +20,10 @@ from helpers import COMPLETIONS, EOS, PROMPTS, double, in_double, rollout_of, ro
 from helpers import tiny_model as tiny_policy
 
 import sample
-from fast import decoder, packing
+from fast import decoder, draw, linear, packing
 from fast.decoder import Decoder, attend, kept_decoder
 from lora import adapter_off, add_lora, lora_parameters
+from model import WideProduct
 from sample import PlainDecoder, generate
 
 FAMILIES = [dict(), dict(model_type="qwen2"), dict(model_type="llama"), dict(num_key_value_heads=4)]
@@ -189,6 +191,58 @@ def test_completions_do_not_depend_on_the_decoder(monkeypatch, merges, temperatu
         found.append(generate(model, prompts, temperature=temperature, top_p=top_p, **HOW))
     assert len(set(found[0].lengths.tolist())) > 1 or temperature == 0
     assert_same_completions(*found)
+
+
+# ---- Large vocabularies, and 16 bits without their arithmetic ------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spread", [0.0, 1.0, 6.0]
+)  # of logits: no nucleus of few tokens, to a sharp one
+def test_draws_from_a_large_vocabulary(spread):
+    """A nucleus that is cut where not all of its tokens are at hand, ties that are broken by
+    another order, or a part of the vocabulary that is missed."""
+    V, B = 2 * draw.FEW + 300, 64
+    rng = torch.Generator().manual_seed(0)
+    u = torch.rand(B, generator=rng, dtype=torch.float64)
+    u[:2] = torch.tensor([0, 1 - 2**-30])
+    for ties in (False, True):
+        logits = spread * torch.randn(B, V, generator=rng)
+        logits = logits.round() if ties else logits
+        logits[: B // 2, : V - 5] -= torch.inf if ties else 0  # most tokens are impossible
+        probs = logits.softmax(-1)
+        for top_p, top_k in ((1.0, 0), (0.95, 0), (0.3, 0), (1e-9, 0), (0.9, 7)):
+            want = sample.inverse_cdf(sample.top_p_filter(probs, top_p, top_k), u)
+            plain = (sample.top_p_filter, sample.inverse_cdf)
+            assert torch.equal(draw.draw(probs, u, top_p, top_k, *plain), want)
+    lost = draw.draw(torch.full((1, V), torch.nan), u[:1], 0.9, 0, *plain)
+    assert 0 <= lost < V  # NaN is said elsewhere
+
+
+def test_bf16_without_bf16_arithmetic(monkeypatch):
+    """A product that is rounded on its way, or a gradient of the adapter that goes wrong: both
+    are as near to float64 as those of PyTorch's own bf16, or nearer."""
+    monkeypatch.setattr(linear, "NATIVE", False)
+    monkeypatch.setattr(WideProduct, "PART", 40)  # so that each weight is several parts
+    ids = ids_of(adapted())
+    found = {}
+    for name in ("exact", "plain", "hastened"):
+        model = adapted(model_type="qwen2").bfloat16()  # with biases
+        model.config.qkv_bias = True
+        for p in lora_parameters(model).values():
+            p.data = p.data.float()
+        if name == "exact":
+            model = in_double(model)
+        if name == "hastened":
+            linear.hasten(model)
+        with double() if name == "exact" else contextlib.nullcontext():
+            states = model(ids)
+            states.square().sum().backward()
+        grads = [p.grad.double().flatten() for p in lora_parameters(model).values()]
+        found[name] = (states.detach().double(), torch.cat(grads))
+    for i in range(2):
+        apart = {n: (x[i] - found["exact"][i]).norm() for n, x in found.items()}
+        assert 0 < apart["hastened"] < 1.1 * apart["plain"]
 
 
 # ---- Packed micro-batches ------------------------------------------------------------------------
