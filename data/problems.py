@@ -102,7 +102,9 @@ def as_problem(row: dict, where: str) -> dict:
             row = {key: value for key, value in row.items() if key not in ("prompt", "negative")}
             return row | dict(problem=text, answer=gold)
     wanted = "`problem`, and `answer` or a boxed `solution`"
-    raise UserError(f"{where} is not a problem: it needs {wanted}, and has {names_of(row)}")
+    raise UserError(
+        f"{where} is not a problem: it needs {wanted}, and has {names_of(row)}: rename these"
+    )
 
 
 def names_of(row) -> str:

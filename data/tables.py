@@ -30,7 +30,7 @@ def array_rows(path):
     with unpacked(path) as file:
         data = file.read(MAX_LINES + 1)
     if len(data) > MAX_LINES:
-        raise UserError(f"{path} is too long: it could fill the memory")
+        raise UserError(f"{path} is too long for the memory: give JSONL, which is read by lines")
     decode = json.JSONDecoder().raw_decode
     number = 1
     try:
@@ -43,7 +43,7 @@ def array_rows(path):
             number += 1
     except (ValueError, IndexError, RecursionError):  # IndexError: the text ends first
         where = f"{path}, item {number}"
-        raise UserError(f"{where} is damaged: it is no JSON object in UTF-8") from None
+        raise UserError(f"{where} is damaged: it is no JSON object in UTF-8, so mend it") from None
 
 
 def csv_rows(path):

@@ -42,7 +42,7 @@ def render(template: str, cases: list[dict]) -> list[str]:
     except (subprocess.TimeoutExpired, ValueError):  # ValueError: it was ended, and wrote nothing
         found = dict(error="it takes too long, or too much memory")
     if "error" in found:
-        raise UserError(f"--chat: the model's chat template fails: {found['error']}")
+        raise UserError(f"--chat: the model's chat template fails ({found['error']}): omit it")
     return found["texts"]
 
 
@@ -94,13 +94,15 @@ def load_turn(folder: Path, tokenizer, system="", thinking="") -> tuple[Turn, li
     """
     template, tokens = read_template(folder)
     if not template and tokenizer.file.token_to_id("<|im_start|>") is None:
-        raise UserError("--chat: the model has no chat template, and no <|im_start|> for ChatML")
+        raise UserError(
+            "--chat: the model has no chat template, and no <|im_start|> for ChatML: omit it"
+        )
     texts = render(template or CHATML, turn_cases(tokens, system, thinking))
     text, probe, without, otherwise, answer = texts
     if system and text == without:
-        raise UserError("--system: the model's chat template takes no system message")
+        raise UserError("--system: the model's chat template takes no system message: omit it")
     if thinking and text == otherwise:
-        raise UserError("--thinking: the model's chat template knows no such switch")
+        raise UserError("--thinking: the model's chat template knows no such switch: omit it")
 
     # What is before and after the mark must be so for any text.
     before, *after = text.split(MARK)

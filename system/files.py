@@ -39,7 +39,7 @@ def unpacked(path):
             is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
             yield gzip.GzipFile(fileobj=file) if is_gzip else file
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
+        raise UserError(f"{path} cannot be read ({error}): give another file") from None
 
 
 def depth(value) -> int:
@@ -77,7 +77,7 @@ def raw_lines(path):
         for number, line in enumerate(iter(partial(file.readline, MAX_JSON), b""), 1):
             where = f"{path}, line {number}"
             if len(line) == MAX_JSON or file.tell() > MAX_LINES:
-                raise UserError(f"{where} is too long: it could fill the memory")
+                raise UserError(f"{where} is too long: it could fill the memory, so shorten it")
             yield line, where
 
 
