@@ -103,7 +103,7 @@ def test_what_could_fill_the_memory_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("data.tables.MAX_LINES", 10_000)
     monkeypatch.setattr("data.tables.MAX_ROWS", 1000)
     for path in files_of(rows, tmp_path):
-        with pytest.raises(UserError, match="could fill the memory|too long for the memory"):
+        with pytest.raises(UserError, match=r"could fill the memory|too long for the memory"):
             load_problems(str(path))
 
 
