@@ -17,6 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 @dataclass
 class Config:
@@ -228,7 +230,7 @@ class Qwen3(nn.Module):
         """Return the logits (..., V), fp32 or finer, of hidden (..., D)."""
         weight = self.lm_head.weight
         # In fp32 the head is a linear layer like others.
-        if weight.dtype not in (torch.bfloat16, torch.float16):
+        if weight.dtype not in HALF:
             return self.lm_head(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1]).to(weight.dtype)  # (N, D)
         return WideProduct.apply(rows, weight).view(*hidden.shape[:-1], -1)

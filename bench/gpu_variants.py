@@ -117,16 +117,6 @@ def by(backend):
     return attend
 
 
-def two_products(q, k, v, mask):
-    """Scores in fp32, without fp32 copies of the keys; out_dtype is for GPUs alone."""
-    b, heads, n, K = q.shape
-    q, keys = q.flatten(0, 1) * K**-0.5, k.flatten(0, 1).transpose(1, 2)
-    scores = torch.bmm(q, keys, out_dtype=torch.float32) if q.is_cuda else (q @ keys).float()
-    scores = scores.view(b, heads, n, -1) + mask
-    weights = scores.softmax(dim=-1).to(v.dtype)
-    return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).view(b, heads, n, K)
-
-
 def ours(q, k, v, mask):
     """The decoder's own; its mask is of whole rows, in fp32."""
     b, heads, n, K = q.shape
@@ -152,11 +142,10 @@ VARIANTS = {
     "3-D": three_dimensional,
     "4-D efficient": by(SDPBackend.EFFICIENT_ATTENTION),
     "4-D cuDNN": by(SDPBackend.CUDNN_ATTENTION),
-    "two products": two_products,
     "ours": ours,
     "split flash": split_flash,
 }
-ON_CPU = ("3-D", "two products")
+ON_CPU = ("3-D", "ours")
 
 
 def attention_variants(bench):
@@ -213,15 +202,6 @@ def one_variant(variant, device, b, S, heads, K, layers):
 # ---- The draw ------------------------------------------------------------------------------------
 
 
-def sorted_filter(probs, top_p):
-    """The nucleus by a full sort, as plain as can be: what the project's must be faster than."""
-    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
-    masses = ordered.double()
-    before = masses.cumsum(-1) - masses
-    ordered[before >= top_p * masses.sum(-1, keepdim=True)] = 0
-    return torch.zeros_like(probs).scatter(-1, ids, ordered)
-
-
 @torch.no_grad()
 def draw_variants(bench):
     """A table: microseconds of what follows a decoding step, and of other ways to do it."""
@@ -244,7 +224,7 @@ def draw_variants(bench):
             "head, out_dtype": partial(torch.mm, rounded, W.T, out_dtype=torch.float32),
             "log_softmax": partial(torch.log_softmax, logits, dim=-1),
             "top_p_filter": partial(sample.top_p_filter, probs, 0.95),
-            "top_p by a full sort": partial(sorted_filter, probs, 0.95),
+            "draw, top_p 0.95": partial(sample.sample_token, logits.log_softmax(-1), u, 0.95),
             "topk(1024)": partial(torch.topk, probs, 1024),
             "inverse_cdf": partial(sample.inverse_cdf, probs, u),
             "rms_norm, model.py's": partial(rms_norm, rounded, rounded[0], 1e-6),

@@ -261,11 +261,9 @@ def attend(q, k, v, mask):
     """Attend from a few queries (b H_kv, n, K) of each key head to k and v (b H_kv, S, K). The mask
     is added: (b H_kv, 1, S), fp32, for two products, else (b, 1, S). Scores are not rounded."""
     scale = q.shape[-1] ** -0.5
-    if q.dtype == torch.float32:
-        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)  # (b H_kv, n, S)
-        return torch.bmm(scores.softmax(dim=-1), v)
-    if q.is_cuda:
-        scores = torch.baddbmm(mask, q, k.transpose(1, 2), torch.float32, alpha=scale)
+    if q.is_cuda or q.dtype == torch.float32:
+        out = () if q.dtype == torch.float32 else (torch.float32,)  # of the sums, on a GPU
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), *out, alpha=scale)  # (b H_kv, n, S)
         return torch.bmm(scores.softmax(dim=-1).to(v.dtype), v)
     b = len(mask)
     q, k, v = (x.unflatten(0, (b, -1)) for x in (q, k, v))  # fast kernels want (b, H_kv, .., K)

@@ -5,15 +5,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import WideProduct
+from model import HALF, WideProduct
 
 NATIVE = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def linear(x, weight, bias=None):
     """Return F.linear(x, weight, bias) of a weight that is not trained."""
-    is_half = weight.dtype in (torch.bfloat16, torch.float16)
-    if NATIVE or not is_half or weight.device.type != "cpu":
+    if NATIVE or weight.dtype not in HALF or weight.device.type != "cpu":
         return F.linear(x, weight, bias)
     y = WideProduct.apply(x.reshape(-1, x.shape[-1]), weight)
     y = y if bias is None else y + bias

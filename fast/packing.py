@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from model import attention
+from model import HALF, attention
 
 PASS = 64  # the cost of a pass beside its tokens, in tokens; with 64 padding stays below 10 %.
 PASS_GPU = 4096  # There it is to launch the pass.
@@ -114,9 +114,8 @@ class Packed:
 
 def has_flash(x):
     """Return whether PyTorch's flash attention takes such tensors (..., K)."""
-    is_half = x.dtype in (torch.bfloat16, torch.float16)
     is_new = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return is_new and is_half and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256
+    return is_new and x.dtype in HALF and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256
 
 
 def pack(prompts, group, tokens, lengths, device):

@@ -29,12 +29,11 @@ def world() -> int:
 
 
 def start(device):
-    """Meet the other processes, if torchrun started any. Only the first one prints, and only it
-    stops when told to: the others are needed until it has ended the step that it is in."""
+    """Meet the other processes, if torchrun started any; the device is already in use. Only the
+    first one prints, and only it stops when told to: the others are needed until it has ended the
+    step that it is in."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     before = signal.getsignal(signal.SIGINT)
     on_signals(signal.SIG_DFL)  # while it waits for the others, Python runs no handler
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
