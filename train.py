@@ -25,8 +25,9 @@ from credit import METHODS
 from data.problems import load_split, problems_of_step
 from eval_math import evaluate
 from grpo import ADVANTAGES, group_advantages, sample_rollout, update
+from hf.checkpoint import model_digest
 from lora import lora_parameters
-from run.checkpoints import adapt, resume_or_start, save, uninterrupted
+from run.checkpoints import adapt, check_inputs, resume_or_start, save, uninterrupted
 from run.flags import CHAT, FLAGS, PRESETS, load_base, parse_settings
 from run.folder import keep_samples, new_run, recorder, show, show_evaluation, summary, warn
 from run.metrics import diagnose, measure
@@ -122,13 +123,16 @@ def main():
     model, tokenizer = load_base(replace(cfg, adapter=""))
     processes.start(model.device)
     model.gradient_checkpointing = cfg.gradient_checkpointing
-    train, held_out, left_out = load_split(cfg, tokenizer)
+    train, held_out, left_out, digests = load_split(cfg, tokenizer)
+    digests["model"] = model_digest(model.folder)
+    if resume:
+        check_inputs(cfg, digests)
 
     # 2) The adapter, the optimizer and the run folder: new, or those of the newest checkpoint.
     tensors, done = adapt(model, cfg, resume)
     trained = list(lora_parameters(model).values())
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0)
-    folder = Path(cfg.out) if resume else new_run(cfg, model)
+    folder = Path(cfg.out) if resume else new_run(cfg, model, digests)
     resume_or_start(folder, model, optimizer, cfg, tensors, done)
     del tensors  # as large as the checkpoint
     processes.wait()  # the first process may have cut the files back to a checkpoint

@@ -1,17 +1,20 @@
 """Problems to train and evaluate on, and the one prompt that every model sees them in. A problem is
 a dict with at least `problem` and `answer` (the gold answer), both text."""
 
+import hashlib
+import json
 import random
 import re
 import unicodedata
 from pathlib import Path
 
 from data.tables import data_rows
+from hf.checkpoint import NAMED
 from hf.hub import hub_folder
 from system.errors import UserError, printable
 from verifier.extract import STATED, extract_answer, last_boxed
 
-TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint and its problems
+TINY = NAMED["tiny"]  # the embedded checkpoint and its problems
 # The prompt of the ARCA authors. The embedded model was pretrained on it.
 PROMPT = "Solve this math problem step by step. Put your final answer in \\boxed{}.\n\n"
 PROMPT += "Problem: {problem}\n"
@@ -142,14 +145,24 @@ def hub_rows(name: str, split: str) -> list[tuple[dict, str]]:
 
 def load_problems(source: str, split="train") -> list[dict]:
     """Load the problems of `tiny`, `math`, `math500` or `gsm8k` in a split, or of a data file."""
-    path = TINY / f"{split}.jsonl" if source == "tiny" else Path(source)
+    path = NAMED[source] / f"{split}.jsonl" if source in NAMED else Path(source)
     if source in HUB:
         rows = hub_rows(source, split)
     elif path.exists() and not path.is_dir():
         rows = data_rows(path)
     else:
-        raise UserError(f"no data {source}: give a data file, or one of tiny, {', '.join(HUB)}")
+        raise UserError(
+            f"no data {source}: give a data file, or one of {', '.join([*NAMED, *HUB])}"
+        )
     return with_golds([as_problem(row, where) for row, where in rows], source)
+
+
+def data_digest(problems) -> str:
+    """Return a digest of problems: of all that their rows hold, and not of the file's format."""
+    found = hashlib.sha256()
+    for problem in problems:
+        found.update(json.dumps(problem, sort_keys=True, default=str).encode())
+    return found.hexdigest()[:16]
 
 
 def same_text(problem: str) -> str:
@@ -179,17 +192,19 @@ def short_prompts(problems, tokenizer, cfg) -> list[dict]:
 
 
 def load_split(cfg, tokenizer):
-    """Return problems to train on, held-out ones with prompt ids, and what was left out. Without
-    --eval-data the test split of a named set is held out, or every tenth line of a file; with
-    --eval-problems 0, nothing. A problem that is evaluated on is never trained on. Long prompts are
-    left out, not cut off."""
+    """Return problems to train on, held-out ones with prompt ids, what was left out, and a digest
+    of each data set. Without --eval-data the test split of a named set is held out, or every tenth
+    line of a file; with --eval-problems 0, nothing. A problem that is evaluated on is never trained
+    on. Long prompts are left out, not cut off."""
     train = load_problems(cfg.data, "train")
+    digests = dict(data=data_digest(train))
     test = []
     if cfg.eval_problems > 0 and not cfg.eval_data and Path(cfg.data).is_file():
         test = train[::10]
         train = [p for i, p in enumerate(train) if i % 10]
     elif cfg.eval_problems > 0:
         test = load_problems(cfg.eval_data or cfg.data, "test")
+        digests["eval_data"] = data_digest(test)
     short = short_prompts(train, tokenizer, cfg)
     short_test = short_prompts(test, tokenizer, cfg)
     held_out = [add_prompts(p, tokenizer) for p in short_test[: cfg.eval_problems]]
@@ -201,7 +216,7 @@ def load_split(cfg, tokenizer):
     if not usable or (cfg.eval_problems > 0 and not held_out):
         flags = "--data, --eval-data and --max-prompt-tokens"
         raise UserError(f"no problem to train or to evaluate on ({left_out}): check {flags}")
-    return usable, held_out, f"{len(usable)} problems (left out: {left_out})"
+    return usable, held_out, f"{len(usable)} problems (left out: {left_out})", digests
 
 
 def problems_of_step(problems, count, seed, step):

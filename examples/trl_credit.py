@@ -354,7 +354,7 @@ def main():
     # First of all: here the processes meet, and ZeRO-3 learns that it is to load the model.
     config = grpo_config(cfg, args.rows, args.vllm)
     tokenizer = load_text(cfg, checkpoint_folder(cfg.model))
-    train, held_out, left_out = load_split(cfg, tokenizer)
+    train, held_out, left_out, _ = load_split(cfg, tokenizer)
     if processes.rank() == 0:
         print(f"{cfg.credit} on {cfg.model}, by TRL: {left_out}", flush=True)
     if held_out and not args.skip_eval:

@@ -215,7 +215,7 @@ def train_arm(job):
         # Each step brings the rule with its truth.
         credit.METHODS[arm] = credit.Rule(None, whole_step=True)
     model, tokenizer = load_base(cfg)
-    train, held_out, _ = load_split(cfg, tokenizer)
+    train, held_out, _, _ = load_split(cfg, tokenizer)
     add_lora(model, cfg.rank, cfg.alpha, seed=cfg.seed)
     trained, rewards = list(lora_parameters(model).values()), []
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0)

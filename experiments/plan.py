@@ -10,8 +10,9 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from data.problems import HUB, TINY
+from data.problems import HUB
 from experiments.concentration import RULES
+from hf.checkpoint import NAMED
 from run.flags import check
 from system.errors import UserError, flag_name
 from system.files import checked, opened, read_json, read_rows
@@ -95,7 +96,7 @@ def code_key() -> str:
 @cache
 def content(name) -> str:
     """A model or data set: a hash of its files, wherever they lie, or its name on the Hub."""
-    path = TINY if name == "tiny" else Path(name)
+    path = Path(NAMED.get(name, name))
     if name in ("", *HUB) or not path.exists():
         return name
     key = hashlib.sha256()
@@ -132,7 +133,7 @@ def plan(preset: Preset, given, seeds, controls, out, code):
         about = (settings, problems, preset.samples, measured, folder)
         runs.append(Run((rule, rank, power), *about))
     cfg = Settings(**training)
-    if not cfg.eval_data and cfg.data not in ("tiny", *HUB):
+    if not cfg.eval_data and cfg.data not in (*NAMED, *HUB):
         raise UserError("--data FILE: give --eval-data FILE too, with the problems to evaluate on")
     check(cfg)
     return runs

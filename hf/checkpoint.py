@@ -1,5 +1,6 @@
 """Checkpoints in Hugging Face's layout. What our model would compute wrongly is refused by name."""
 
+import hashlib
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,8 +28,11 @@ TYPES.update(sliding_window=int, max_window_layers=int, max_position_embeddings=
 DEFAULTS = dict(rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False)
 # The numbers of Llama 3's rope scaling, as in Config.
 LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+OURS = Path(__file__).parent.parent / "data"
+NAMED = {"tiny": OURS / "tiny"}  # our own checkpoints; each folder holds its problems, too
 ADAPTER = "adapter_config.json"
 EMBEDDING = "model.embed_tokens.weight"
+SETTINGS = ["config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"]
 INDEX = "model.safetensors.index.json"  # which file of a sharded checkpoint holds which tensor
 
 
@@ -92,8 +96,9 @@ def unsupported_feature(raw: dict, rope: dict, kind, family) -> str:
 
 
 def checkpoint_folder(path_or_id, revision=None) -> Path:
-    """Return the folder of a checkpoint; a Hub id is downloaded first, at this revision of it."""
-    name = str(path_or_id)
+    """Return the folder of a checkpoint, which may be one of NAMED; a Hub id is downloaded first,
+    at this revision of it."""
+    name = str(NAMED.get(path_or_id, path_or_id))
     if is_hub_id(name):
         return hub_model(name, revision)
     if not Path(name).is_dir():
@@ -124,8 +129,7 @@ def check_layout(folder: Path):
 
 def hub_model(repo, revision=None) -> Path:
     """Download what we read of a checkpoint on the Hub, all of one commit; return its folder."""
-    first = ["config.json", ADAPTER, "model.safetensors", INDEX, "generation_config.json"]
-    first += ["tokenizer_config.json", "chat_template.jinja"]
+    first = [*SETTINGS, ADAPTER, "model.safetensors", INDEX]
     folder = hub_folder(repo, revision, optional=first)
     if (folder / ADAPTER).exists():
         check_layout(folder)
@@ -147,6 +151,16 @@ def weight_files(folder: Path) -> list[str]:
     if not names:
         raise UserError(f"{path} names no files: get it again")
     return sorted(set(names))
+
+
+def model_digest(folder: Path) -> str:
+    """Return a digest of what a checkpoint's folder gives us: its files' names and bytes."""
+    found = hashlib.sha256()
+    for name in [*SETTINGS, "tokenizer.json", *weight_files(folder)]:
+        if (folder / name).is_file():
+            with opened(folder / name) as file:
+                found.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]
 
 
 def check_quantised(state: dict, raw: dict, folder):

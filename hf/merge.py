@@ -19,7 +19,7 @@ from hf.checkpoint import (
     config_from_dict,
     weight_files,
 )
-from hf.hub import hub_folder
+from hf.hub import hub_folder, is_hub_id
 from hf.peft import CONFIG, PREFIX, adapter_folder, load_adapter, read_adapter
 from lora import lora_layers
 from model import Qwen3
@@ -75,7 +75,7 @@ def merge(run, out, model="") -> float:
     folder = adapter_folder(run)
     base, revision = (model, "") if model else base_of(folder)
     source = checkpoint_folder(base, revision)
-    if not Path(base).is_dir():  # it is from the Hub, which has more of it
+    if is_hub_id(base):  # the Hub has more of it
         source = hub_folder(base, source.name, optional=BESIDE.split())
     with torch.device("meta"):
         bare = Qwen3(config_from_dict(files.read_json(source / "config.json")))

@@ -36,7 +36,7 @@ def advantages(rewards, kind):
 def gradients_of_steps(count, cfg):
     """Return by kind the gradients (count, parameters) of the first steps, none of them taken."""
     model, tokenizer = load_base(cfg)
-    problems, _, _ = load_split(cfg, tokenizer)
+    problems, _, _, _ = load_split(cfg, tokenizer)
     add_lora(model, cfg.rank, cfg.alpha, seed=cfg.seed)
     recorder = Recorder(lora_parameters(model).values(), lr=0.0)
     seen = {kind: [] for kind in KINDS}

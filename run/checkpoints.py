@@ -21,11 +21,13 @@ from hf.peft import load_adapter, most_bytes, put_adapter, save_adapter
 from lora import add_lora, lora_parameters
 from run.folder import run_name
 from system import files, processes
-from system.errors import UserError, interrupt, on_signals, printable
+from system.errors import UserError, flag_name, interrupt, on_signals, printable
 
 # Settings that --resume may change: they decide what is kept and seen, not what is learned.
 CHANGEABLE = """out device micro_batch_tokens gradient_checkpointing eval_every save_every
     keep_checkpoints compare_rules tensorboard"""
+# Settings that say where the inputs are. These may have moved: what they hold must be the same.
+INPUTS = ("model", "revision", "data", "eval_data")
 
 
 @contextmanager
@@ -77,17 +79,32 @@ def read_settings(folder, cfg) -> dict:
 
 
 def resumed_settings(cfg, given: dict, resume):
-    """Return the run's settings, CHANGEABLE ones as given; UserError lists all other changes."""
+    """Return the run's settings, CHANGEABLE ones and INPUTS as given; UserError lists all other
+    changes."""
     folder = find_run(cfg, resume)
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no run to resume (no config.json): start without --resume")
     processes.hold(folder)
     stored = read_settings(folder, cfg)
-    clash = {name for name in given if given[name] != stored[name]} - set(CHANGEABLE.split())
+    clash = {name for name in given if given[name] != stored[name]}
+    clash -= {*CHANGEABLE.split(), *INPUTS}
     if clash:
         said = ", ".join(f"{name} = {stored[name]} and not {given[name]}" for name in sorted(clash))
         raise UserError(f"{folder} was run with {said}: leave these out, or start another run")
     return replace(cfg, **stored | given | dict(out=str(folder)))
+
+
+def check_inputs(cfg, digests):
+    """Raise UserError if a run would go on with another model or other data than it began with."""
+    path = Path(cfg.out) / "config.json"
+    stored = files.checked(files.read_json(path), path, digests=dict).get("digests", {})
+    for name in ("model", "data", "eval_data"):
+        before = str(stored.get(name, "none"))[:16]
+        now = digests.get(name, "none")
+        if before != now:
+            given = f"{flag_name(name)} {getattr(cfg, name) or cfg.data} (digest {now})"
+            said = f"{given} is not what {path.parent} began with (digest {before})"
+            raise UserError(f"{said}: name that one, or start another run")
 
 
 def digest(tensors, step) -> str:

@@ -8,11 +8,11 @@ from importlib.util import find_spec
 
 import torch
 
-from data.problems import TINY, prompt_text
+from data.problems import prompt_text
 from hf import checkpoint
 from hf.chat import load_turn
 from hf.peft import adapter_folder, load_adapter, read_config
-from run.checkpoints import resumed_settings
+from run.checkpoints import INPUTS, resumed_settings
 from system.errors import Parser, UserError, check_numbers, flag_name
 from system.files import read_json
 
@@ -23,7 +23,7 @@ except ModuleNotFoundError:
 
 DTYPES = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
 FLAGS = {  # name: (default, help)
-    "model": (str(TINY), "a checkpoint folder or a Hub id"), "revision": ("", "of the Hub id"),
+    "model": ("tiny", "tiny, a checkpoint folder or a Hub id"), "revision": ("", "of the Hub id"),
     "adapter": ("", "a PEFT adapter: its folder, that of a run, or a Hub id"),
     "data": ("tiny", "tiny, math, math500, gsm8k or a file (JSONL, JSON, CSV, parquet)"),
     "system": ("", "with --chat: what the system's message says; default: the template's own"),
@@ -120,12 +120,13 @@ def load_base(cfg):
     folder = checkpoint.checkpoint_folder(cfg.model, cfg.revision)
     if getattr(cfg, "random_init", False):  # config.json is enough; the text is the embedded one's
         config = checkpoint.config_from_dict(read_json(folder / "config.json"))
-        tokenizer = load_text(cfg, TINY)
+        tokenizer = load_text(cfg, checkpoint.NAMED["tiny"])
         model = checkpoint.random_model(config, device, dtype)
     else:
         tokenizer = load_text(cfg, folder)
         model = checkpoint.load_model(folder, device, dtype)
     check_fit(tokenizer, model, cfg.model)
+    model.folder = folder
     if fast:
         fast.hasten(model)
     if getattr(cfg, "adapter", ""):
@@ -152,10 +153,10 @@ def parse_settings(Settings, presets, about):
     if given.get("adapter"):  # which has a rank and an alpha
         preset = {name: value for name, value in preset.items() if name not in ("rank", "alpha")}
         preset |= adapter_shape(given) if resume is None else {}
-    given = preset | given
-    cfg = Settings(**given)
+    cfg = Settings(**preset | given)
     if resume is not None:
-        cfg = resumed_settings(cfg, given, resume)
+        preset = {name: value for name, value in preset.items() if name not in INPUTS}
+        cfg = resumed_settings(cfg, preset | given, resume)
     check(cfg)
     return cfg, resume is not None
 

@@ -33,7 +33,7 @@ def run_name(cfg) -> str:
     return "-".join(parts)
 
 
-def new_run(cfg, model) -> Path:
+def new_run(cfg, model, digests) -> Path:
     """Make a run folder with its config.json; UserError if --out already holds a run."""
     if processes.rank() > 0:
         return Path("runs/of-another-process")  # does not exist: nothing is read, nothing written
@@ -51,7 +51,7 @@ def new_run(cfg, model) -> Path:
         revision = ""  # git is not installed
     trained = sum(p.numel() for p in lora_parameters(model).values())
     config = {
-        "settings": asdict(cfg), "argv": sys.argv, "git": revision,
+        "settings": asdict(cfg), "digests": digests, "argv": sys.argv, "git": revision,
         "parameters": dict(total=sum(p.numel() for p in model.parameters()), trained=trained),
         "versions": dict(python=platform.python_version(), torch=torch.__version__),
     }  # fmt: skip

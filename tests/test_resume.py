@@ -582,6 +582,54 @@ def test_settings_that_change_the_result_are_all_listed(whole, monkeypatch, caps
     assert code == 2 and "two runs" in said.err and outcome(whole) == before
 
 
+@pytest.fixture
+def elsewhere(flags, tmp_path):
+    """The inputs of the runs here, moved: the model's folder and the problems, now as an array."""
+    lines = Path(flags[-1]).read_text(encoding="utf-8").splitlines()
+    (tmp_path / "few.json").write_text(f"[{','.join(lines)}]")
+    return shutil.copytree(TINY, tmp_path / "model"), tmp_path / "few.json"
+
+
+def test_a_run_goes_on_with_inputs_that_have_moved(killed, whole, elsewhere, monkeypatch, capsys):
+    """A path of this machine in the run's files, which no other has; a run that is lost since its
+    model was moved; a revision or a name that stands for what is there no more."""
+    text = (killed / "config.json").read_text()
+    config = json.loads(text)
+    assert config["settings"]["model"] == "tiny" and config["digests"].keys() == {"model", "data"}
+    assert str(TINY) not in text + (killed / "adapter/adapter_config.json").read_text()
+    config["settings"] |= dict(model="/no/model", data="/no/data")
+    (killed / "config.json").write_text(json.dumps(config))
+    code, said = resume(monkeypatch, capsys, "--resume", killed)
+    assert code == 2 and "no model folder /no/model" in said.err
+    model, data = elsewhere
+    code, said = resume(monkeypatch, capsys, "--resume", killed, "--model", model, "--data", data)
+    assert code == 0, said.err
+    assert outcome(killed)[:-1] == outcome(whole)[:-1]  # the last one names the model
+    settings = json.loads((killed / "config.json").read_text())["settings"]
+    assert (settings["model"], settings["data"]) == (str(model), str(data))
+
+
+@pytest.mark.parametrize("name", ["model", "data"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_run_goes_on_with_no_other_inputs(killed, elsewhere, monkeypatch, capsys, name, in_place):
+    """Half a run on other problems or another model, without a word; one of the same shapes."""
+    model, data = elsewhere
+    path = data if name == "data" else model / "generation_config.json"
+    path.write_text(path.read_text().replace("$", " $", 1).replace("0", "[0, 1]", 1))
+    config = json.loads((killed / "config.json").read_text())
+    given = ["--model", model, "--data", data]
+    if in_place:
+        config["settings"] |= dict(model=str(model), data=str(data))
+        (killed / "config.json").write_text(json.dumps(config))
+        given = []
+    (killed / "process.txt").unlink()  # it names this process now
+    before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
+    code, said = resume(monkeypatch, capsys, "--resume", killed, *given)
+    assert code == 2 and said.err.count("\n") == 1 and config["digests"][name] in said.err
+    assert f"error: --{name} {model if name == 'model' else data} (digest " in said.err
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
 def test_a_finished_run_says_so(whole, monkeypatch, capsys):
     """A finished run that is trained on, or an error where nothing is wrong."""
     before = outcome(whole)

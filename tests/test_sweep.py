@@ -224,7 +224,7 @@ def test_the_paper_s_seven_runs(tmp_path):
 def test_a_greedy_sweep_has_no_pass_at_4(tmp_path):
     """A chat model costs a hundred times the embedded one: a sweep of it that also sampled, or
     measured adapters, would run out of its hour; and no sample is not "none right"."""
-    files = dict(data="a.jsonl", eval_data="b.jsonl", model=str(plan.TINY))
+    files = dict(data="a.jsonl", eval_data="b.jsonl", model="tiny")
     runs = plan.plan(plan.PRESETS["chat"], files, [1, 2], False, tmp_path, "code")
     assert [r.cell[0] for r in runs] == ["base", "uniform", "arca", "uniform", "arca"]
     words, made = plan.next_command(runs[0])

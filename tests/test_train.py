@@ -212,7 +212,7 @@ def test_runs_name_themselves(monkeypatch, tmp_path):
     """Two runs of the same command must not write into one folder."""
     monkeypatch.chdir(tmp_path)
     cfg = train.Settings(credit="uniform", seed=3)
-    names = [new_run(cfg, torch.nn.Linear(1, 1)).name for _ in range(3)]
+    names = [new_run(cfg, torch.nn.Linear(1, 1), {}).name for _ in range(3)]
     assert names == ["uniform-tiny-tiny-seed3" + end for end in ("", "-2", "-3")]
 
 
@@ -254,7 +254,7 @@ def test_an_adapter_brings_its_rank_and_alpha(monkeypatch, tmp_path, run):
     cfg.adapter += "/adapter"
     assert run_name(cfg).endswith("-from-full")
     cfg.adapter = str(run[0])
-    assert parsed("--resume", str(new_run(cfg, torch.nn.Linear(1, 1)))).rank == 16
+    assert parsed("--resume", str(new_run(cfg, torch.nn.Linear(1, 1), {}))).rank == 16
 
 
 def test_schedule():
