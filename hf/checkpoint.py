@@ -120,7 +120,7 @@ def check_layout(folder: Path):
         f"the Hub's cache: give the folder in {folder / 'snapshots'}": "snapshots" in names,
         pickles: ends & {".bin", ".pt", ".pth"},
         "only GGUF, quantised weights: give the model that they were made of": ".gguf" in ends,
-        "no model: it has no config.json": "config.json" not in names,
+        "no model (no config.json): give a checkpoint's folder": "config.json" not in names,
     }
     for kind, found in kinds.items():
         if found:

@@ -91,7 +91,9 @@ def read_lines(path, of_run=False):
                 yield parse(line), where
     except (ValueError, RecursionError):
         if not of_run or line.endswith(b"\n"):
-            raise UserError(f"{where} is damaged: it is no JSON object in UTF-8") from None
+            raise UserError(
+                f"{where} is damaged: it is no JSON object in UTF-8, so mend it"
+            ) from None
 
 
 def is_number(x, least=-(2**40), most=2**40) -> bool:
@@ -171,7 +173,7 @@ def writing(path):
         yield
     except OSError as error:
         why = error.strerror or error
-        raise OSError(f"cannot write {path} ({why}): mend that") from None
+        raise OSError(f"cannot write {path} ({why}): make room, or give another place") from None
 
 
 def to_json(value, **layout) -> str:

@@ -56,6 +56,8 @@ LONGER |= {"starting": 2.0, "importing": 4.0}
 ORDER = ["sampling", "update", "saving", "starting", "importing"]
 ORDER += ["sampling", "update", "saving", "starting", "evaluation"]
 
+PLACE = "make room, or give another place"
+
 # Threads that have nothing to do sleep: else they take the time of whatever else runs here.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read by the process that all runs are forked from
 
@@ -385,7 +387,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(monkeypatch, tmp_path):
             patch.setattr(place, call, full)
             with pytest.raises(OSError) as error:
                 answers.write_answers(str(path), [dict(completion="1")])
-        assert str(error.value) == f"cannot write {path} (No space left on device): mend that"
+        assert str(error.value) == f"cannot write {path} (No space left on device): {PLACE}"
         assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -755,7 +757,7 @@ def test_a_full_disk_costs_no_checkpoint(flags, whole, tmp_path):
     folder = tmp_path / "run"
     code, said = finish(folder, flags, limit=10**6)  # the adapter fits, the optimizer's state not
     assert one_error(code, said) and f"cannot write {folder}/trainer.safetensors (" in said
-    assert said.endswith(f"): mend that, then python train.py --resume {folder} goes on\n")
+    assert said.endswith(f"): {PLACE}, then python train.py --resume {folder} goes on\n")
     assert not list(folder.rglob("*.part"))
     assert len(rows(folder)) == 2 and checkpoints.newest_checkpoint(folder)[1] == 0
     assert finish(folder, flags)[0] == 0
