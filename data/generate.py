@@ -268,14 +268,10 @@ def as_one(parts) -> Problem:
     """Ask several problems in one, whose answer is the tuple of theirs."""
     text = " ".join(f"({i}) {part.wordings[part.quiz]}" for i, part in enumerate(parts, 1))
     core = "; ".join(part.core for part in parts)
-    answer = tuple_of([part.answer for part in parts])
+    answer = ",".join(part.answer for part in parts)
     level = max(part.level for part in parts)
     kind = dict(subject="Prealgebra", kind="tuple", family="three")
-    return Problem(core, (text, text), answer, **kind, level=level, parts=parts)
-
-
-def tuple_of(answers):
-    return f"({','.join(answers)})"
+    return Problem(core, (text, text), f"({answer})", **kind, level=level, parts=parts)
 
 
 def draw(rng, held=False, corpus="tiny") -> Problem:
@@ -331,7 +327,7 @@ def solutions(problems, styles, rng):
         steps, answer = work_out(problem, style, rng)
         worked += ", ".join(steps or ["Clearly"]) + ". "
         answers.append(answer)
-    return rf"{worked}The answer is $\boxed{{{tuple_of(answers)}}}$."
+    return rf"{worked}The answer is $\boxed{{({','.join(answers)})}}$."
 
 
 def record(problem) -> dict:
