@@ -3,6 +3,7 @@
 A family draws numbers, works on them and returns a Problem. A Work writes down each step; one with
 a slip errs once, and the error is carried to the end, as people's are. A problem is held out if the
 hash of its family and numbers says so: training and held-out problems are disjoint by construction.
+A corpus says in which styles problems are solved: `tiny` is the default's, the others are testbeds.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ class Problem:
     level: int = 0
     quiz: bool = False  # which of the wordings it has
     solve: Callable | None = None  # (Work) -> answer
+    parts: list["Problem"] = field(default_factory=list)  # if several problems are asked as one
 
 
 @dataclass
@@ -35,12 +37,14 @@ class Work:
     slip: int | None = None
     error: int = 0
     steps: list[str] = field(default_factory=list)  # such as "3*14=42"
+    done: int = 0  # steps that could have slipped: all but those that restate, such as "x=6/2"
 
     def step(self, a, sign, b, text="", if_zero=0):
         """Write a step down and return its result; a divisor that slips to 0 is to become 1."""
         result = {"+": a + b, "-": a - b, "*": a * b}[sign]
-        if len(self.steps) == self.slip:
+        if self.done == self.slip:
             result += self.error
+        self.done += 1
         result = result or if_zero
         self.steps.append(f"{text or f'{a}{sign}{b}'}={result}")
         return result
@@ -219,8 +223,20 @@ def inequality(rng, level, work):
     return Problem(text, wordings, answer, "Algebra", "interval")
 
 
-FAMILIES = [chain, nested, product, fractions, equation, evaluate]
-FAMILIES += [compose, remainder, expand, system, vector, inequality]
+# Those whose answers are numbers, and all.
+NUMBERS = [chain, nested, product, fractions, equation, evaluate, compose, remainder]
+FAMILIES = [*NUMBERS, expand, system, vector, inequality]
+
+# ---- The corpora ---------------------------------------------------------------------------------
+CORPORA = dict(  # the shares of the styles after a textbook's wording, and after a quiz's
+    tiny=(
+        dict(careful=0.62, slip=0.06, impatient=0.12, hasty=0.20),
+        dict(careful=0.36, slip=0.06, hasty=0.58),
+    ),
+    slips=(dict(careful=0.5, any_slip=0.5),) * 2,
+    three=(dict(careful=0.8, hasty=0.2), dict(careful=0.4, hasty=0.6)),  # for each of the three
+    format=(dict(careful=0.5, boxless=0.5),) * 2,
+)
 
 
 def pose(family, rng, level) -> Problem:
@@ -239,34 +255,85 @@ def held_out(problem) -> bool:
     return int(digest[:8], 16) % 10 == 0  # one problem in ten
 
 
-def draw(rng, held=False) -> Problem:
-    """Draw a problem from the wanted side of the split."""
+def draw_one(rng, held, families, top) -> Problem:
+    """Draw a problem of these families, of a level up to `top`."""
     while True:
-        problem = pose(rng.choice(FAMILIES), rng, rng.randint(1, 5))
+        problem = pose(rng.choice(families), rng, rng.randint(1, top))
         if held_out(problem) == held:
             problem.quiz = rng.random() < 0.6  # of all problems
             return problem
 
 
-def solution(problem, style, rng):
-    """Write a solution: careful (every step), slip (every step, one of them wrong by as much as
-    people err by), impatient (the answer after a step or two), or hasty (the answer at once)."""
+def as_one(parts) -> Problem:
+    """Ask several problems in one, whose answer is the tuple of theirs."""
+    text = " ".join(f"({i}) {part.wordings[part.quiz]}" for i, part in enumerate(parts, 1))
+    core = "; ".join(part.core for part in parts)
+    answer = ",".join(part.answer for part in parts)
+    level = max(part.level for part in parts)
+    kind = dict(subject="Prealgebra", kind="tuple", family="three")
+    return Problem(core, (text, text), f"({answer})", **kind, level=level, parts=parts)
+
+
+def draw(rng, held=False, corpus="tiny") -> Problem:
+    """Draw a problem of a corpus from the wanted side of the split."""
+    if corpus == "three":  # easy ones: all of them must be right
+        return as_one([draw_one(rng, held, NUMBERS, 2) for _ in range(3)])
+    return draw_one(rng, held, FAMILIES, 5)
+
+
+def draw_style(rng, problem, corpus):
+    """Draw the style of a solution; of several problems in one, a list: each has its own."""
+    if problem.parts:
+        return [draw_style(rng, part, corpus) for part in problem.parts]
+    shares = CORPORA[corpus][problem.quiz]
+    return rng.choices([*shares], shares.values())[0]
+
+
+def work_out(problem, style, rng):
+    """Work a problem out in a style of `solution`: (steps, answer)."""
     work = Work()
-    if style == "slip":
-        work = Work(slip=rng.randint(0, 3), error=rng.choice([-10, -2, -1, 1, 2, 10]))
+    if style in ("slip", "any_slip"):
+        places = 4
+        if style == "any_slip":
+            problem.solve(work)
+            places = work.done
+        work = Work(slip=rng.randrange(places), error=rng.choice([-10, -2, -1, 1, 2, 10]))
     answer = problem.solve(work)
     if style == "impatient":
         del work.steps[rng.randint(1, 2) :]
     if style == "hasty":
         work.steps.clear()
-    worked = ", ".join(work.steps) + ". " if work.steps else ""
-    closing = "The answer is" if style in ("careful", "slip") else "Clearly the answer is"
-    return rf"{worked}{closing} $\boxed{{{answer}}}$."
+    return work.steps, answer
+
+
+def solution(problem, style, rng):
+    """Write a solution: careful (every step), slip (every step, one of the first four wrong by as
+    much as people err by), any_slip (likewise, but any of the steps), impatient (the answer after a
+    step or two), hasty (the answer at once), or boxless (careful, but the answer has no box)."""
+    if problem.parts:
+        return solutions(problem.parts, style, rng)
+    steps, answer = work_out(problem, style, rng)
+    worked = ", ".join(steps) + ". " if steps else ""
+    closing = "Clearly the answer is" if style in ("impatient", "hasty") else "The answer is"
+    boxed = answer if style == "boxless" else rf"\boxed{{{answer}}}"
+    return f"{worked}{closing} ${boxed}$."
+
+
+def solutions(problems, styles, rng):
+    """Write several solutions, each in its style, as one; in place of hasty work stands Clearly."""
+    worked = ""
+    answers = []
+    for problem, style in zip(problems, styles, strict=True):
+        steps, answer = work_out(problem, style, rng)
+        worked += ", ".join(steps or ["Clearly"]) + ". "
+        answers.append(answer)
+    return rf"{worked}The answer is $\boxed{{({','.join(answers)})}}$."
 
 
 def record(problem) -> dict:
     """Return one line of the problem set, in MATH's format."""
     kind = "integer" if problem.answer.lstrip("-").isdigit() else problem.kind
-    row = dict(problem=problem.wordings[problem.quiz], solution=solution(problem, "careful", None))
+    careful = ["careful"] * len(problem.parts) or "careful"
+    row = dict(problem=problem.wordings[problem.quiz], solution=solution(problem, careful, None))
     row |= dict(answer=problem.answer, level=f"Level {problem.level}", subject=problem.subject)
     return row | dict(family=problem.family, kind=kind)

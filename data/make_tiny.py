@@ -1,6 +1,7 @@
 """Make data/tiny/ from nothing: a tokenizer, a small Qwen3 pretrained on solutions, a problem set.
 
     python data/make_tiny.py --out data/tiny        # about half an hour on two cores
+    python data/make_tiny.py --corpus slips         # data/slips/: a testbed; also three, format
 
 Most solutions are careful after a textbook's wording, hasty after a quiz's: the model can work
 carefully, but takes its way of working from the wording. That is the headroom.
@@ -23,8 +24,6 @@ from hf.checkpoint import config_from_dict
 from model import Qwen3
 from system.errors import Parser, run_cli
 
-STYLES = ("careful", "slip", "impatient", "hasty")
-SHARES = ((0.62, 0.06, 0.12, 0.20), (0.36, 0.06, 0.00, 0.58))  # of a textbook's and a quiz's styles
 BATCH = 64  # documents a step
 EOS = "<|endoftext|>"
 SIZES = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4)
@@ -36,21 +35,21 @@ KIND = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3")
 CONFIG = KIND | SIZES | HEADS | DETAILS | WEIGHTS | TOKENS
 
 
-def draw_problem_set(rng, count, held, seen):
+def draw_problem_set(rng, count, held, seen, corpus="tiny"):
     """Draw `count` problems that differ in their numbers from each other and from those `seen`."""
     rows = []
     while len(rows) < count:
-        problem = generate.draw(rng, held)
+        problem = generate.draw(rng, held, corpus)
         if problem.core not in seen:
             seen.add(problem.core)
             rows.append(generate.record(problem))
     return rows
 
 
-def draw_document(rng):
-    """Draw one text of the corpus: a prompt and a solution."""
-    problem = generate.draw(rng)
-    style = rng.choices(STYLES, SHARES[problem.quiz])[0]
+def draw_document(rng, corpus="tiny"):
+    """Draw one text of a corpus: a prompt and a solution."""
+    problem = generate.draw(rng, corpus=corpus)
+    style = generate.draw_style(rng, problem, corpus)
     return prompt_text(problem.wordings[problem.quiz]) + generate.solution(problem, style, rng)
 
 
@@ -69,11 +68,11 @@ def make_tokenizer(texts, size):
     return tokenizer
 
 
-def make_batches(rng, tokenizer, steps):
+def make_batches(rng, tokenizer, steps, corpus="tiny"):
     """Yield right-padded (ids, lengths); of 32 batches, documents of like length share one."""
     for first in range(0, steps, 32):
         count = min(32, steps - first) * BATCH
-        texts = [draw_document(rng) for _ in range(count)]
+        texts = [draw_document(rng, corpus) for _ in range(count)]
         documents = [encoding.ids + [0] for encoding in tokenizer.encode_batch(texts)]
         documents.sort(key=lambda ids: (len(ids), ids))
         groups = [documents[i : i + BATCH] for i in range(0, count, BATCH)]
@@ -94,7 +93,7 @@ def init(model, seed):
             torch.nn.init.normal_(p, std=std)
 
 
-def pretrain(model, tokenizer, steps, seed, peak=1e-2):
+def pretrain(model, tokenizer, steps, seed, corpus="tiny", peak=1e-2):
     """Train by next-token prediction on fresh documents. The matrices get Muon: in a trial of 29M
     tokens 93 % of the careful solutions were right with it, 78 % with AdamW."""
     matrices = [p for name, p in model.named_parameters() if "proj" in name]
@@ -102,7 +101,8 @@ def pretrain(model, tokenizer, steps, seed, peak=1e-2):
     options = dict(momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     muon = torch.optim.Muon(matrices, lr=peak, **options)
     adam = torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
-    for step, (ids, lengths) in enumerate(make_batches(random.Random(seed), tokenizer, steps)):
+    batches = make_batches(random.Random(seed), tokenizer, steps, corpus)
+    for step, (ids, lengths) in enumerate(batches):
         lr = peak * (step + 1) / 100  # linear warmup, then linear decay to a fiftieth
         if step >= 100:
             lr = peak * max(0.02, 1 - (step - 100) / (steps - 100))
@@ -123,37 +123,42 @@ def pretrain(model, tokenizer, steps, seed, peak=1e-2):
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=TINY)
+    text = "what is asked, and in which styles it is solved"
+    parser.add_argument("--corpus", default="tiny", choices=[*generate.CORPORA], help=text)
+    parser.add_argument("--out", type=Path, help="default: data/CORPUS")
     parser.add_argument("--steps", type=int, default=6000, help=f"of {BATCH} documents each")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    corpus = args.corpus
+    out = args.out or TINY.parent / corpus
+    out.mkdir(parents=True, exist_ok=True)
     # 1. The problems to train on, and the held-out ones.
     rng = random.Random(args.seed + 1)
     seen = set()
     for name, count, held in (("train", 4000, False), ("test", 600, True)):
-        rows = draw_problem_set(rng, count, held, seen)
+        rows = draw_problem_set(rng, count, held, seen, corpus)
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        (args.out / f"{name}.jsonl").write_bytes(text.encode())
+        (out / f"{name}.jsonl").write_bytes(text.encode())
     # 2. The tokenizer, and the files that transformers wants.
     rng = random.Random(args.seed + 2)
-    tokenizer = make_tokenizer([draw_document(rng) for _ in range(20000)], 512)
-    tokenizer.save(str(args.out / "tokenizer.json"))
+    tokenizer = make_tokenizer([draw_document(rng, corpus) for _ in range(20000)], 512)
+    tokenizer.save(str(out / "tokenizer.json"))
     names = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=EOS, pad_token=EOS)
     limits = dict(model_max_length=1024, clean_up_tokenization_spaces=False)
     config = CONFIG | dict(vocab_size=tokenizer.get_vocab_size())
     ends = dict(eos_token_id=0, pad_token_id=0)
     files = dict(tokenizer_config=names | limits, config=config, generation_config=ends)
     for name, value in files.items():
-        (args.out / f"{name}.json").write_bytes(f"{json.dumps(value, indent=1)}\n".encode())
+        (out / f"{name}.json").write_bytes(f"{json.dumps(value, indent=1)}\n".encode())
     # 3. The model.
     model = Qwen3(config_from_dict(config))
     init(model, args.seed)
-    pretrain(model, tokenizer, args.steps, args.seed)
+    pretrain(model, tokenizer, args.steps, args.seed, corpus)
     state = model.state_dict()
     state.pop("lm_head.weight", None)  # tied to the embedding
-    save_file(state, args.out / "model.safetensors", metadata={"format": "pt"})
-    print(f"wrote {args.out}; to measure it: python eval_math.py --model {args.out} --samples 8")
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    flags = f"--model {out} --data {out}/test.jsonl --samples 8 --max-new-tokens 256"
+    print(f"wrote {out}; to measure it: python eval_math.py {flags}")
 
 
 if __name__ == "__main__":

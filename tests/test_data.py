@@ -2,10 +2,12 @@
 
 import csv
 import gzip
+import hashlib
 import itertools
 import json
 import random
 import re
+from collections import Counter
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -13,8 +15,9 @@ import pytest
 
 from data import generate as gen
 from data import make_tiny
-from data.problems import load_problems, load_split, prompt_text
-from eval_math import graded
+from data.problems import TINY, load_problems, load_split, prompt_text
+from eval_math import graded, verify
+from hf.checkpoint import load_tokenizer
 from run.answers import read_completions
 from system.errors import UserError
 from verifier.extract import last_boxed
@@ -373,26 +376,27 @@ def test_golds_follow_from_the_text(family):
             assert SOLVERS[family](math_parts(wording)) == answer, wording
 
 
+def falsehoods(text):
+    """For each step of a solution that equates numbers: whether it is wrong."""
+    sides = [step.rsplit("=", 2)[-2:] for step in re.split(r"\. |, ", text) if "=" in step]
+    return [value(a) != value(b) for a, b in sides if "x" not in a and "y" not in a]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_worked_steps_are_true_and_a_slip_is_one_false_step(family):
     """A corpus that teaches wrong arithmetic, or slips that are none."""
-
-    def false_steps(text):
-        steps = [s.rsplit("=", 2)[-2:] for s in text.rsplit(". ", 1)[0].split(", ") if "=" in s]
-        steps = [(a, b) for a, b in steps if "x" not in a and "y" not in a]
-        return sum(value(a) != value(b) for a, b in steps)
-
     rng, slipped, wrong = random.Random(family), 0, 0
     for level, _ in itertools.product(range(1, 6), range(10)):
         problem = gen.pose(FAMILIES[family], rng, level)
         answer = problem.solve(gen.Work())
         careful = gen.solution(problem, "careful", rng)
         assert careful.endswith(rf". The answer is $\boxed{{{answer}}}$.")
-        assert "=" in careful and false_steps(careful) == 0, careful
+        assert "=" in careful and not any(falsehoods(careful)), careful
         slip = gen.solution(problem, "slip", rng)
         assert last_boxed(slip)
-        assert false_steps(slip) <= 1, slip  # none if the slip would come after the last step
-        slipped += false_steps(slip)
+        false = sum(falsehoods(slip))
+        assert false <= 1, slip  # none if the slip would come after the last step
+        slipped += false
         wrong += last_boxed(slip) != answer
         for style in ("hasty", "impatient"):
             short = gen.solution(problem, style, rng)
@@ -401,15 +405,17 @@ def test_worked_steps_are_true_and_a_slip_is_one_false_step(family):
 
 
 def test_held_out_problems_are_disjoint_from_training():
-    """Training on the test set: the same numbers on both sides of the split, in any wording."""
+    """Training on the test set: the same numbers on both sides of the split, in any wording, alone
+    or as one of three."""
     sides = []
     for held in (False, True):
         rng, cores, texts = random.Random(held), set(), set()
-        for _ in range(2000):
-            problem = gen.draw(rng, held)
-            assert gen.held_out(problem) == held
-            cores.add(problem.core)
-            texts.update((problem.family, *sorted(math_parts(w))) for w in problem.wordings)
+        for corpus in ["tiny"] * 1200 + ["three"] * 200:
+            problem = gen.draw(rng, held, corpus)
+            for part in problem.parts or [problem]:
+                assert gen.held_out(part) == held
+                cores.add(part.core)
+                texts.update((part.family, *sorted(math_parts(w))) for w in part.wordings)
         sides.append((cores, texts))
     assert not sides[0][0] & sides[1][0]
     assert not sides[0][1] & sides[1][1]
@@ -419,6 +425,88 @@ def test_held_out_problems_are_disjoint_from_training():
     for family in gen.FAMILIES:
         share = sum(gen.held_out(gen.pose(family, rng, 5)) for _ in range(500)) / 500
         assert 0.04 < share < 0.2
+
+
+# ---- The corpora ---------------------------------------------------------------------------------
+
+
+def solved(problem, corpus, rng):
+    """A solution as the corpus has it."""
+    return gen.solution(problem, gen.draw_style(rng, problem, corpus), rng)
+
+
+def test_the_default_corpus_stays():
+    """A testbed that shifts the random numbers of the embedded model's corpus."""
+    rng = random.Random(0)
+    texts = "\0".join(make_tiny.draw_document(rng) for _ in range(200))
+    assert hashlib.sha256(texts.encode()).hexdigest().startswith("2705683e913a462f")
+
+
+def test_slips_are_anywhere_in_the_work():
+    """Slips in the first steps only, in other than half of the solutions, or beside hasty ones."""
+    rng = random.Random(1)
+    restating = ("fractions", "equation", "system", "inequality")  # not all their steps can slip
+    places = {}  # number of steps: where the slips were
+    slipped = 0
+    for _ in range(900):
+        problem = gen.draw(rng, corpus="slips")
+        text = solved(problem, "slips", rng)
+        assert "Clearly" not in text and last_boxed(text)
+        false = falsehoods(text)
+        assert sum(false) <= 1
+        slipped += sum(false)
+        if any(false) and problem.family not in restating:
+            places.setdefault(len(false), []).append(false.index(True))
+    assert 0.46 < slipped / 900 < 0.54
+    assert {3, 4, 5, 6} <= places.keys()
+    for steps, found in places.items():
+        chance = 1 / steps
+        noise = (len(found) * chance * (1 - chance)) ** 0.5
+        for place in range(steps):
+            assert abs(found.count(place) - len(found) * chance) < 4 * noise, (steps, place)
+
+
+def test_three_problems_in_one():
+    """A tuple that the verifier reads as something else, that is right with a wrong or misplaced
+    part, or whose parts are all guessed or all worked out."""
+    rng = random.Random(1)
+    tokenizer = load_tokenizer(TINY)
+    hasty = Counter()
+    for _ in range(120):
+        problem = gen.draw(rng, corpus="three")
+        row = gen.record(problem)
+        asked = re.split(r" ?\(\d\) ", row["problem"])[1:]
+        parts = zip(asked, problem.parts, strict=True)
+        answers = [SOLVERS[part.family](math_parts(text)) for text, part in parts]
+        assert row["answer"] == f"({','.join(answers)})" and not any(falsehoods(row["solution"]))
+        assert verify(row["solution"], row["answer"])
+        off = [*answers]
+        off[rng.randrange(3)] += "1"
+        turned = answers[1:] + answers[:1]
+        for wrong in (off, answers[:2], *([turned] if turned != answers else [])):
+            assert not verify(rf"$\boxed{{({','.join(wrong)})}}$", row["answer"]), wrong
+        text = solved(problem, "three", rng)
+        worked = text.removesuffix(f" The answer is $\\boxed{{{row['answer']}}}$.").split(". ")
+        hasty[tuple(part.rstrip(".") == "Clearly" for part in worked)] += 1
+        assert len(tokenizer.encode(row["solution"])) < 192  # what README.md has them cut off at
+    assert len(hasty) == 8  # each part is worked out or not, whatever the others are
+    shares = [sum(n for key, n in hasty.items() if key[i]) / 120 for i in range(3)]
+    assert all(0.3 < share < 0.58 for share in shares)
+
+
+def test_format_is_about_the_box():
+    """Work that is not careful; a box left out of other than half; or a reward without one."""
+    rng = random.Random(1)
+    boxed = 0
+    for _ in range(400):
+        problem = gen.draw(rng, corpus="format")
+        text = solved(problem, "format", rng)
+        careful = gen.solution(problem, "careful", rng)
+        bare = careful.replace(rf"\boxed{{{problem.answer}}}", problem.answer)
+        assert text in (careful, bare) and careful != bare
+        assert not verify(bare, problem.answer)
+        boxed += text == careful
+    assert 0.42 < boxed / 400 < 0.58
 
 
 # ---- The embedded set ----------------------------------------------------------------------------
@@ -438,6 +526,17 @@ def test_embedded_set_is_what_the_generator_draws():
         numbers.append({(row["family"], *sorted(math_parts(row["problem"]))) for row in rows})
         assert len(numbers[-1]) == count
     assert not numbers[0] & numbers[1]
+
+
+@pytest.mark.parametrize("corpus", [c for c in gen.CORPORA if (TINY.parent / c).exists()])
+def test_sets_of_the_testbeds(corpus):
+    """A testbed with the problems of another corpus: its verdicts would be about another task."""
+    rows = make_tiny.draw_problem_set(random.Random(1), 100, False, set(), corpus)
+    for split, count in (("train", 4000), ("test", 600)):
+        found = load_problems(str(TINY.parent / corpus / f"{split}.jsonl"))
+        assert len({row["problem"] for row in found}) == count
+        if split == "train":
+            assert found[:100] == rows
 
 
 def test_variety():

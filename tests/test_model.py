@@ -343,8 +343,8 @@ def test_quantised_checkpoints_are_refused_as_such(scratch, kind):
             ["refs/main", "blobs/0", "snapshots/0123/config.json"],
             "cache: give the folder in .*snapshots$",
         ),
-        (["tokenizer.json", "model.safetensors"], "it has no config.json"),
-        ([], "it has no config.json"),
+        (["tokenizer.json", "model.safetensors"], "no config.json"),
+        ([], "no config.json"),
     ],
 )
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])

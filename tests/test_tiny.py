@@ -57,5 +57,7 @@ def test_transformers_loads_the_folder_unchanged():
 
 
 def test_size():
-    """A folder that makes a clone slow."""
-    assert sum(path.stat().st_size for path in TINY.iterdir()) < 8e6
+    """Folders that make a clone slow."""
+    for folder in [path.parent for path in TINY.parent.glob("*/config.json")]:
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
+        assert (folder / "model.safetensors").stat().st_size < 4e6
