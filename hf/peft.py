@@ -63,9 +63,10 @@ def adapter_folder(path_or_id) -> Path:
     )
     if len(inner) > 1:
         raise UserError(f"{folder} holds several adapters: give one, such as {inner[-1]}")
-    if not inner and (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no adapter, {CONFIG} is missing: is it a --model?")
-    return inner[0] if inner else folder
+    if not inner:
+        way = "give the folder of one or of a run, or a Hub id"
+        raise UserError(f"{folder} holds no adapter ({CONFIG} is missing): {way}")
+    return inner[0]
 
 
 def read_adapter(folder: Path, most=math.inf) -> dict:

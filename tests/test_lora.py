@@ -169,7 +169,7 @@ def test_what_is_no_adapter_or_several_is_said(base, tmp_path):
             load_adapter(load_model(base[1]), tmp_path)
 
     (tmp_path / "config.json").touch()
-    says("holds no adapter, .* is missing: is it a --model?")
+    says("holds no adapter .* is missing.: give the folder of one")
     for step in (10, 20):
         save_adapter(adapted(base[1]), tmp_path / f"checkpoint-{step}")
     says("holds several adapters: give one, such as .*checkpoint-20")
