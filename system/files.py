@@ -20,6 +20,10 @@ NUMBERS = {  # that are read of the rows of a run's files; null is read as NaN
     "metrics.jsonl": ("reward", "gini", "effective_token_ratio", "groups_mixed", "skipped"),
     "evals.jsonl": ("greedy",), "samples.jsonl": ("reward", "advantage"),
 }  # fmt: skip
+SHOWN = (  # likewise, of metrics.jsonl; a row that lacks one has NaN
+    "entropy", "truncated", "completion_tokens", "seconds_rollout", "seconds_update",
+    "tokens_per_second",
+)  # fmt: skip
 
 
 def opened(path):
@@ -106,7 +110,9 @@ def read_rows(path) -> list[dict]:
     for row, where in read_lines(path, of_run=True) if path.exists() else ():
         least = rows[-1]["step"] + (path.name != "samples.jsonl") if rows else 0
         wrong = [] if type(row.get("step")) is int and is_number(row["step"], least) else ["step"]
-        for name in NUMBERS[path.name]:
+        shown = dict.fromkeys(SHOWN if path.name == "metrics.jsonl" else ())
+        row = shown | row
+        for name in (*NUMBERS[path.name], *shown):
             value = row.get(name, "")
             wrong += [] if value is None or is_number(value) else [name]
             row[name] = math.nan if value is None else value
