@@ -204,12 +204,12 @@ def outcome(history, evals) -> dict[str, tuple[str, str]]:
     return found
 
 
-def concentration(history) -> str:
-    """Return, in words, how concentrated the credit was in the steps that were not skipped."""
-    made = [row for row in history if not row["skipped"]]
-    gini = mean(row["gini"] for row in made)
-    ratio = mean(row["effective_token_ratio"] for row in made)
-    return f"Gini {gini:.3f}, effective-token ratio {ratio:.3f} (mean of the steps)"
+def spread(history) -> dict[str, float]:
+    """Return how concentrated the credit was: means of the steps that were not skipped."""
+    made = [row for row in history if not row.get("skipped")]
+    gini = mean(row.get("gini") for row in made)
+    ratio = mean(row.get("effective_token_ratio") for row in made)
+    return {"Gini": gini, "effective-token ratio": ratio}
 
 
 def encodes(signs) -> bool:
@@ -241,20 +241,21 @@ def curve(rewards) -> list[str]:
     return lines
 
 
-def print_outcome(history, evals):
+def print_outcome(history, evals, rule):
     """Print what a run was before and after, as a table, and the curve of its train reward."""
     print(f"{'':22}{'before':>23}{'after':>23}")
     for name, (before, after) in outcome(history, evals).items():
         print(printable(f"{name:22}{before:>23}{after:>23}"))
     if history:
         print("", *curve([row["reward"] for row in history]), "", sep="\n")
+        said = ", ".join(f"{name} {x:.3f}" for name, x in spread(history).items())
+        print(printable(f"{rule}: {said} (mean of the steps)"))
 
 
 def summary(folder, history, evals, cfg):
     """Print what a run was before and after, its curve, and what to try next."""
     print()
-    print_outcome(history, evals)
-    print(f"{cfg.credit}: {concentration(history)}")
+    print_outcome(history, evals, cfg.credit)
     print(printable(f"run folder: {folder}"))
     print(printable(f"next: python -m view {folder}  (its curves, and who received credit)"))
     print(f"      python train.py --credit {'arca' if cfg.credit == 'uniform' else 'uniform'}")

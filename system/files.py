@@ -106,9 +106,13 @@ def is_number(x, least=-(2**40), most=2**40) -> bool:
 def read_rows(path) -> list[dict]:
     """Return the rows that `append` wrote to a run's file, [] if there is no file; UserError names
     a line whose step is no later one (samples: an earlier one), or that lacks its NUMBERS."""
-    rows = []
+    return list(each_row(path))
+
+
+def each_row(path):
+    """Yield the rows of `read_rows`, one at a time."""
+    least = 0
     for row, where in read_lines(path, of_run=True) if path.exists() else ():
-        least = rows[-1]["step"] + (path.name != "samples.jsonl") if rows else 0
         wrong = [] if type(row.get("step")) is int and is_number(row["step"], least) else ["step"]
         shown = dict.fromkeys(SHOWN if path.name == "metrics.jsonl" else ())
         row = shown | row
@@ -123,8 +127,8 @@ def read_rows(path) -> list[dict]:
             wrong += [] if len(rates) == len(ends) + 1 == 3 else [name]
         if wrong:
             raise UserError(f"{where} is damaged ({wrong[0]}): mend it, or start another run")
-        rows.append(row)
-    return rows
+        least = row["step"] + (path.name != "samples.jsonl")
+        yield row
 
 
 def checked(raw: dict, where, **types) -> dict:
