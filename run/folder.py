@@ -243,8 +243,10 @@ def curve(rewards) -> list[str]:
 
 def print_outcome(history, evals, rule):
     """Print what a run was before and after, as a table, and the curve of its train reward."""
-    print(f"{'':22}{'before':>23}{'after':>23}")
-    for name, (before, after) in outcome(history, evals).items():
+    found = outcome(history, evals)
+    if found:
+        print(f"{'':22}{'before':>23}{'after':>23}")
+    for name, (before, after) in found.items():
         print(printable(f"{name:22}{before:>23}{after:>23}"))
     if history:
         print("", *curve([row["reward"] for row in history]), "", sep="\n")

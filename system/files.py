@@ -85,13 +85,13 @@ def raw_lines(path):
             yield line, where
 
 
-def read_lines(path, of_run=False):
+def read_lines(path, of_run=False, wanted=None):
     """Yield (object, "PATH, line N") for the lines of a JSONL file; UserError names one that holds
-    no object. Blank lines are skipped. A run's file has none, and if a crash has torn its last
-    line, that is ignored."""
+    no object. Blank lines are skipped, and those that are not wanted. A run's file has none that
+    are blank, and if a crash has torn its last line, that is ignored."""
     try:
         for line, where in raw_lines(path):
-            if line.strip() or of_run:
+            if (line.strip() or of_run) and (wanted is None or wanted(line)):
                 yield parse(line), where
     except (ValueError, RecursionError):
         if not of_run or line.endswith(b"\n"):
@@ -106,13 +106,14 @@ def is_number(x, least=-(2**40), most=2**40) -> bool:
 def read_rows(path) -> list[dict]:
     """Return the rows that `append` wrote to a run's file, [] if there is no file; UserError names
     a line whose step is no later one (samples: an earlier one), or that lacks its NUMBERS."""
-    return list(each_row(path))
+    return [row for row, _ in each_row(path)]
 
 
-def each_row(path):
-    """Yield the rows of `read_rows`, one at a time."""
+def each_row(path, wanted=None):
+    """Yield (row, "PATH, line N") for the rows of `read_rows`, one at a time: of all lines, or of
+    those of which wanted(line) is true."""
     least = 0
-    for row, where in read_lines(path, of_run=True) if path.exists() else ():
+    for row, where in read_lines(path, True, wanted) if path.exists() else ():
         wrong = [] if type(row.get("step")) is int and is_number(row["step"], least) else ["step"]
         shown = dict.fromkeys(SHOWN if path.name == "metrics.jsonl" else ())
         row = shown | row
@@ -128,7 +129,7 @@ def each_row(path):
         if wrong:
             raise UserError(f"{where} is damaged ({wrong[0]}): mend it, or start another run")
         least = row["step"] + (path.name != "samples.jsonl")
-        yield row
+        yield row, where
 
 
 def checked(raw: dict, where, **types) -> dict:

@@ -80,7 +80,7 @@ def read_run(folder) -> dict:
     sizes = [settings.get(name) for name in ("prompts", "samples")]
     completions = math.prod(sizes) if all(is_number(x, 1) for x in sizes) else math.nan
     history = []
-    for row in each_row(folder / "metrics.jsonl"):
+    for row, _ in each_row(folder / "metrics.jsonl"):
         row["length"] = row["completion_tokens"] / completions
         history.append({key: row[key] for key in ("step", "skipped", *PANELS)})
     name = clean(folder.resolve().name)

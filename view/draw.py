@@ -90,7 +90,7 @@ def show(groups, names, power):
     width = max(20, shutil.get_terminal_size((80, 0)).columns - 32)
     coloured = sys.stdout.isatty()
     weighs = "Darker: more weight" if coloured else "The heaviest tokens, with their weight"
-    print(f"\nEvery rule at sharpening {power}; eff.: effective-token ratio. {weighs}.")
+    print(f"\nEvery rule at sharpening {power}; eff.: effective-token ratio.\n{weighs}.")
     print(textwrap.fill(group["title"], 80))
     for completion in pair:
         print(f"\n{verdict(completion)}\n{'rule':19}Gini  eff.")

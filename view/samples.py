@@ -4,6 +4,7 @@ A sample is a dict as run.folder.sample_rows makes it; a group is what draw.py s
 """
 
 import math
+import re
 from itertools import groupby
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from credit import effective_token_ratio, gini
 from run.metrics import CLASSES, rank_correlation, token_classes
 from system.errors import UserError, printable
-from system.files import each_row
+from system.files import each_row, raw_lines
 
 STEPS = 100  # that are shown at most, of all runs together
 
@@ -37,21 +38,27 @@ def with_numbers(row) -> dict:
     return row | numbers | dict(rules=dict(zip(map(clean, rules), weights.tolist(), strict=True)))
 
 
+def step_of(line) -> bytes:
+    """Return the step of a line that a run wrote, unread; b"" if it does not begin with one."""
+    found = re.match(rb'\{"step": ([0-9]+),', line)
+    return found[1] if found else b""
+
+
 def read_samples(folder, most=STEPS) -> list[dict]:
-    """Return the samples that a run has kept, [] if none yet; of many steps, some `most` that are
+    """Return the samples that a run has kept, [] if none yet; of many steps, about `most` that are
     evenly spaced, the last among them. UserError names a line that is no sample."""
-    # 1) Which steps. A long run's samples do not fit into memory, so they are read twice.
+    # 1) Which steps. To parse all lines of a run of many steps would take a minute.
     path = Path(folder) / "samples.jsonl"
-    steps = list(dict.fromkeys(row["step"] for row in each_row(path)))
-    chosen = {*steps[:: math.ceil(len(steps) / most) or 1], *steps[-1:]}
+    lines = raw_lines(path) if path.exists() else ()
+    steps = list(dict.fromkeys(step_of(line) for line, _ in lines))
+    chosen = {*steps[:: math.ceil(len(steps) / most) or 1], *steps[-1:], b""}
     # 2) Their samples.
     samples = []
-    for number, row in enumerate(each_row(path), 1):
-        if row["step"] in chosen:
-            try:
-                samples.append(with_numbers(row))
-            except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-                raise UserError(f"{path}, line {number} is damaged (no sample): mend it") from None
+    for row, where in each_row(path, lambda line: step_of(line) in chosen):
+        try:
+            samples.append(with_numbers(row))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            raise UserError(f"{where} is damaged (no sample): mend it") from None
     return with_common_rules(samples, path) if samples else []
 
 

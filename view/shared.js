@@ -31,6 +31,9 @@ function fixed(x, digits = 2) {
 
 $("title").textContent = data.title;
 document.title = `ARCA: ${data.title}`;
+for (const [id, text] of [["curves", "Learning curves"], ["credit", "Token credit"]]) {
+  make("a", $("parts"), text).setAttribute("href", `#${id}`);
+}
 if (["light", "dark"].includes(asked.get("theme"))) root.dataset.theme = asked.get("theme");
 $("theme").addEventListener("click", () => {
   const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
