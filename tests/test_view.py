@@ -244,10 +244,10 @@ def test_lines_are_the_runs(monkeypatch, capsys, tmp_path):
     assert uniform["curves"]["reward"]["mean"] == [0.5, None, 0.7]
     assert uniform["curves"]["reward"]["low"] == nothing
     greedy = [line["curves"]["greedy"] for line in (arca, uniform)]
-    assert greedy[0] == {"x": [0, 3], "mean": [45, 60], "low": [40, 60], "high": [50, 60]}
-    assert greedy[1] == {"x": [0, 3], "mean": [40, 80], "low": [30, 70], "high": [50, 90]}
+    assert greedy[0] == {"x": [0, 3], "mean": [0.45, 0.6], "low": [0.4, 0.6], "high": [0.5, 0.6]}
+    assert greedy[1] == {"x": [0, 3], "mean": [0.4, 0.8], "low": [0.3, 0.7], "high": [0.5, 0.9]}
     assert {key: uniform["curves"][key]["mean"][0] for key in curves.PANELS} == {
-        "reward": 0.5, "entropy": 0.5, "length": 8, "truncated": 25, "gini": 0.5,
+        "reward": 0.5, "entropy": 0.5, "length": 8, "truncated": 0.25, "gini": 0.5,
         "effective_token_ratio": 0.75, "seconds_rollout": 1, "seconds_update": 3,
         "tokens_per_second": 8,
     }  # fmt: skip

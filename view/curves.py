@@ -17,16 +17,16 @@ from view.samples import clean
 
 POINTS = 200  # of a curve at most; a point of a longer one is the mean of several steps
 MOST = 10  # lines in a legend
-PANELS = {  # what is drawn by step: (title, what it is multiplied by, the end of its axis if fixed)
-    "reward": ("Train reward", 1, 1),
-    "entropy": ("Entropy, nats a token", 1, None),
-    "length": ("Tokens a completion", 1, None),
-    "truncated": ("Truncated, %", 100, None),
-    "gini": ("Gini of the multipliers", 1, 1),
-    "effective_token_ratio": ("Effective-token ratio", 1, 1),
-    "seconds_rollout": ("Seconds a step: rollout", 1, None),
-    "seconds_update": ("Seconds a step: update", 1, None),
-    "tokens_per_second": ("Tokens a second", 1, None),
+PANELS = {  # what is drawn by step: (title, the end of its axis if it is fixed)
+    "reward": ("Train reward", 1),
+    "entropy": ("Entropy, nats a token", None),
+    "length": ("Tokens a completion", None),
+    "truncated": ("Truncated, share of completions", None),
+    "gini": ("Gini of the multipliers", 1),
+    "effective_token_ratio": ("Effective-token ratio", 1),
+    "seconds_rollout": ("Seconds a step: rollout", None),
+    "seconds_update": ("Seconds a step: update", None),
+    "tokens_per_second": ("Tokens a second", None),
 }
 # Colours on white and on black, which colour-blind readers tell apart, too.
 COLOURS = [
@@ -154,15 +154,13 @@ def rate_names(runs) -> list[str]:
     return ["greedy"] * ("greedy" in keys) + [f"pass@{k}" for k in powers]
 
 
-def series(rows, key, scale) -> dict:
+def series(rows, key) -> dict:
     """Return the curve of a key: the steps, and at each the value, and the ends of its band."""
-    found = {"x": [], "mean": [], "low": [], "high": []}
-    for row in rows:
-        low, high = row.get(f"{key}_95", (math.nan, math.nan))
-        found["x"].append(row["step"])
-        for name, value in (("mean", row.get(key, math.nan)), ("low", low), ("high", high)):
-            found[name].append(float(f"{scale * value:.6g}"))
-    return found
+    nowhere = (math.nan, math.nan)
+    points = [(row.get(key, math.nan), *row.get(f"{key}_95", nowhere)) for row in rows]
+    rounded = [[float(f"{x:.6g}") for x in point] for point in points]
+    mean, low, high = zip(*rounded, strict=True) if rounded else ((), (), ())
+    return dict(x=[row["step"] for row in rows], mean=mean, low=low, high=high)
 
 
 def make_line(runs, label, every) -> dict:
@@ -172,16 +170,11 @@ def make_line(runs, label, every) -> dict:
     rates = rate_names(runs)
     evals = merge([run["evals"] for run in runs], rates)
     thinned = merge([thin(run["history"], keys, every) for run in runs], keys)
-    curves = {key: series(thinned, key, scale) for key, (_, scale, _) in PANELS.items()}
-    curves |= {key: series(evals, key, 100) for key in rates}
-    return {
-        "label": label,
-        "rule": clean(str(runs[0]["settings"].get("credit", "")))[:20],
-        "runs": runs,
-        "history": merge([run["history"] for run in runs], keys),
-        "evals": evals,
-        "curves": curves,
-    }
+    curves = {key: series(thinned, key) for key in PANELS}
+    curves |= {key: series(evals, key) for key in rates}
+    rule = clean(str(runs[0]["settings"].get("credit", "")))[:20]
+    history = merge([run["history"] for run in runs], keys)
+    return dict(label=label, rule=rule, runs=runs, history=history, evals=evals, curves=curves)
 
 
 def make_lines(runs) -> tuple[list[dict], int]:
@@ -189,15 +182,14 @@ def make_lines(runs) -> tuple[list[dict], int]:
     last = max([row["step"] for run in runs for row in run["history"]], default=1)
     every = math.ceil(last / POINTS) or 1
     groups = by_seed(runs)
-    named = zip(groups, labels(groups), strict=True)
-    lines = [make_line(group, label, every) for group, label in named]
-    used = [0] * len(COLOURS)
-    for line in lines:
+    lines = []
+    for group, label in zip(groups, labels(groups), strict=True):
+        line = make_line(group, label, every)
         rule = line["rule"]
-        colour = RULES.index(rule) if rule in RULES else sum(rule.encode("utf-8", "replace"))
-        colour %= len(COLOURS)
-        line |= dict(colour=COLOURS[colour], style=used[colour] % MOST)  # dashes, then thicker
-        used[colour] += 1
+        number = RULES.index(rule) if rule in RULES else sum(rule.encode("utf-8", "replace"))
+        colour = COLOURS[number % len(COLOURS)]
+        alike = [other for other in lines if other["colour"] == colour]
+        lines.append(line | dict(colour=colour, style=len(alike) % MOST))  # dashes, then thicker
     return lines, every
 
 
@@ -221,15 +213,13 @@ def panels(lines) -> list[dict]:
     """Return what is drawn, and where its axis ends: the train reward, then the held-out rates,
     then the rest."""
     rates = rate_names([run for line in lines for run in line["runs"]])
-    held_out = {key: (f"Held-out {key}, %", 100, 100) for key in rates}
-    first = {"reward": PANELS["reward"]}
+    held_out = {key: (f"Held-out {key}", 1) for key in rates}
     found = []
-    for key, (title, _, top) in (first | held_out | PANELS).items():
+    for key, (title, top) in ({"reward": PANELS["reward"]} | held_out | PANELS).items():
         curves = [line["curves"][key] for line in lines if key in line["curves"]]
-        values = [x for curve in curves for x in curve["mean"] + curve["high"]]
-        most = max([x for x in values if math.isfinite(x)], default=0)
-        end = top or (1.05 * most if most > 0 else 1)
-        found.append(dict(key=key, title=title, top=end))
+        values = [x for curve in curves for x in (*curve["mean"], *curve["high"])]
+        most = 1.05 * max([x for x in values if math.isfinite(x)], default=0)
+        found.append(dict(key=key, title=title, top=top or most or 1))
     return found
 
 
@@ -242,10 +232,8 @@ def steps_done(run) -> str:
 
 def time_split(history) -> str:
     """Return how the time of the steps was spent, in words."""
-    rollout, update, rate = (
-        mean(row.get(key) for row in history)
-        for key in ("seconds_rollout", "seconds_update", "tokens_per_second")
-    )
+    keys = ("seconds_rollout", "seconds_update", "tokens_per_second")
+    rollout, update, rate = (mean(row.get(key) for row in history) for key in keys)
     share = 100 * rollout / (rollout + update) if rollout + update else math.nan
     return f"{share:.0f} % of the time in rollouts, {rate:,.0f} tokens a second"
 
