@@ -8,7 +8,7 @@ if __name__ == "__main__":
     before_imports()
 
 from system.errors import Parser, printable, run_cli
-from system.files import write_whole
+from system.files import write_whole, writing
 from view import picture
 from view.curves import find_runs, make_lines, read_run
 from view.draw import credit_data, curves_data, page, show, show_line
@@ -32,7 +32,8 @@ def main():
 
     # 2) The page and the picture.
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     title = f"run {runs[0]['name']}" if len(runs) == 1 else f"{len(runs)} runs"
     html = page(title, curves_data(lines, every), credits, cfg.sharpening)
     write_whole(out / "view.html", html.encode())

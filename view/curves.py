@@ -66,7 +66,7 @@ def find_runs(names) -> list[Path]:
             seen.add(place)
             below.sort()
         if not here:
-            raise UserError(f"{name} holds no run: give a folder that train.py has made")
+            raise UserError(f"{name or 'RUN'} holds no run: give a folder that train.py has made")
         found |= here
     return list(found.values())
 
