@@ -16,8 +16,8 @@ except ModuleNotFoundError:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
 from system.errors import Parser, run_cli
-from view.__main__ import make_groups, read_samples
 from view.draw import LIGHT, TOP, shade, telling_pair, verdict
+from view.samples import make_groups, need_samples
 
 
 def draw_band(ax, tokens, weights, wide, colours):
@@ -73,7 +73,7 @@ def main():
     parser.add_argument("--sharpening", type=int, choices=(1, 2), default=1)
     parser.add_argument("--out", default="credit.png")
     args = parser.parse_args()
-    samples = read_samples(args.run)
+    samples = need_samples(args.run)
     figure(make_groups(samples), list(samples[0]["rules"]), args.sharpening, args.out)
     print(f"figure: {args.out}")
 

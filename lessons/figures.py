@@ -23,8 +23,8 @@ from run.flags import load_base
 from sample import generate
 from system.errors import Parser, UserError, run_cli
 from train import Settings
-from view.__main__ import make_groups, read_samples
 from view.draw import LIGHT, TOP, is_right, telling_pair
+from view.samples import make_groups, need_samples
 
 try:
     from matplotlib.colors import LinearSegmentedColormap
@@ -261,7 +261,7 @@ def main():
         raise UserError("figures need matplotlib: pip install matplotlib")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    samples = read_samples(args.run)
+    samples = need_samples(args.run)
     draw_paid(make_groups(samples), list(samples[0]["rules"]), out / "paid.png")
     history, problems = follow(args.run, args.problems, args.samples)
     told = example(history[0][1], problems, args.samples)

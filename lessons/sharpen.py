@@ -11,7 +11,7 @@ import torch
 
 from credit import effective_token_ratio, gini, normalize_scores
 from system.errors import Parser, run_cli
-from view.__main__ import read_samples
+from view.samples import need_samples
 
 POWERS = (0.25, 0.5, 1, 2, 4)
 RULES = ("surprisal", "entropy_reduction", "divergence", "arca", "gcpo")
@@ -34,7 +34,7 @@ def concentration(samples, rule, power):
 def main():
     parser = Parser(description="Gini and effective-token ratio by exponent.")
     parser.add_argument("--run", default="runs/lesson", help="the folder of a run")
-    samples = read_samples(parser.parse_args().run)
+    samples = need_samples(parser.parse_args().run)
     samples = [sample for sample in samples if sample["step"] > 1]  # at step 1 B is 0
     print(f"{len(samples)} completions, Gini / effective-token ratio at exponent")
     print(f"{'rule':18}" + "".join(f"{power:>13}" for power in POWERS))

@@ -1,6 +1,7 @@
 """What a run leaves in its folder and shows on the screen."""
 
 import itertools
+import math
 import platform
 import subprocess
 import sys
@@ -19,6 +20,11 @@ from system import processes
 from system.errors import UserError, printable
 from system.files import append, write_json, writing
 
+# The curve at the end of a run: its size, and signs from none to eight eighths of a line.
+COLUMNS = 64
+LINES = 4
+BLOCKS = " ▁▂▃▄▅▆▇█"
+ASCII = " ...::::#"
 FIGURES = "gini {gini:.2f}  eff {effective_token_ratio:.2f}  tok/s {tokens_per_second:.0f}"
 
 
@@ -166,17 +172,92 @@ def warn(history, model, cfg):
             tqdm.write("WARNING: LoRA's B is still zero after 3 steps: no gradient reaches it")
 
 
+def mean(values) -> float:
+    """Return the mean of the values that are finite numbers; NaN if there are none."""
+    finite = [x for x in values if x is not None and math.isfinite(x)]
+    return fmean(finite) if finite else math.nan
+
+
+def thin(rows, keys, every) -> list[dict]:
+    """Return a row for steps 1 to `every`, one for as many after them, ...: the means of these
+    keys, and the step in the middle. Step 0 stands alone."""
+    bins = {}
+    for row in rows:
+        bins.setdefault(math.ceil(row["step"] / every), []).append(row)
+    thinned = []
+    for number, members in bins.items():
+        middle = (number - 1) * every + (every + 1) / 2 if number else 0
+        means = {key: mean(row[key] for row in members) for key in keys}
+        thinned.append({"step": middle} | means)
+    return thinned
+
+
+def outcome(history, evals) -> dict[str, tuple[str, str]]:
+    """Return, in words, what a run was before and after: held-out rates, and means of the first and
+    the last five steps."""
+    before = rates(evals[0]) if evals else {}
+    after = rates(evals[-1]) if len(evals) > 1 else {}
+    found = {f"held-out {key:.31}": (rate, after.get(key, "")) for key, rate in before.items()}
+    for key in ("reward", "entropy", "truncated") if history else ():
+        values = [row.get(key) for row in history]
+        found[f"{key}, 5 steps"] = (f"{mean(values[:5]):.3f}", f"{mean(values[-5:]):.3f}")
+    return found
+
+
+def spread(history) -> dict[str, float]:
+    """Return how concentrated the credit was: means of the steps that were not skipped."""
+    made = [row for row in history if not row.get("skipped")]
+    gini = mean(row.get("gini") for row in made)
+    ratio = mean(row.get("effective_token_ratio") for row in made)
+    return {"Gini": gini, "effective-token ratio": ratio}
+
+
+def encodes(signs) -> bool:
+    """Return whether the screen's encoding has these signs."""
+    try:
+        return bool(signs.encode(sys.stdout.encoding or "ascii"))
+    except (UnicodeEncodeError, LookupError):
+        return False
+
+
+def curve(rewards) -> list[str]:
+    """Return the rewards of steps 1, 2, ... as 5 lines of at most 80 columns: of blocks, or ASCII
+    where the screen has none. A reward that is no number leaves a gap."""
+    # 1) A column is the mean of a few steps; its height is in eighths of a line.
+    every = math.ceil(len(rewards) / COLUMNS)
+    rows = [dict(step=step, reward=reward) for step, reward in enumerate(rewards, 1)]
+    means = [row["reward"] for row in thin(rows, ["reward"], every)]
+    top = max([x for x in means if x > 0], default=1.0)
+    heights = [max(1, round(8 * LINES * x / top)) if math.isfinite(x) else 0 for x in means]
+    # 2) A title, and the lines from the top one to the lowest.
+    signs = BLOCKS if encodes(BLOCKS) else ASCII
+    labels = [f"{top:.3g}"] + [""] * (LINES - 2) + ["0"]
+    smoothed = f", a column is the mean of {every}" if every > 1 else ""
+    lines = [f"train reward of steps 1 to {len(rewards)}{smoothed}"]
+    for i, label in enumerate(labels):
+        below = 8 * (LINES - 1 - i)
+        blocks = "".join(signs[min(8, max(0, height - below))] for height in heights)
+        lines.append(f"{label:>8} {blocks}".rstrip())
+    return lines
+
+
+def print_outcome(history, evals, rule):
+    """Print what a run was before and after, as a table, and the curve of its train reward."""
+    found = outcome(history, evals)
+    if found:
+        print(f"{'':22}{'before':>23}{'after':>23}")
+    for name, (before, after) in found.items():
+        print(printable(f"{name:22}{before:>23}{after:>23}"))
+    if history:
+        print("", *curve([row["reward"] for row in history]), "", sep="\n")
+        said = ", ".join(f"{name} {x:.3f}" for name, x in spread(history).items())
+        print(printable(f"{rule}: {said} (mean of the steps)"))
+
+
 def summary(folder, history, evals, cfg):
-    """Print the table at the end of a run, and what to try next."""
-    rewards = [row["reward"] for row in history]
-    print(f"\n{'':22}{'before':>23}{'after':>23}")
-    before, after = [rates(evals[i]) if evals else {} for i in (0, -1)]
-    for key, rate in before.items():
-        print(printable(f"held-out {key:13.40}{rate:>23}{after.get(key, ''):>23}"))
-    print(f"reward, 5 steps       {fmean(rewards[:5]):>23.3f}{fmean(rewards[-5:]):>23.3f}")
-    gini = fmean(row["gini"] for row in history if not row["skipped"])
-    ratio = fmean(row["effective_token_ratio"] for row in history if not row["skipped"])
-    print(f"\n{cfg.credit}: Gini {gini:.3f}, effective-token ratio {ratio:.3f} (mean of the steps)")
+    """Print what a run was before and after, its curve, and what to try next."""
+    print()
+    print_outcome(history, evals, cfg.credit)
     print(printable(f"run folder: {folder}"))
-    print(printable(f"next: python -m view {folder}  (shows which tokens received credit)"))
+    print(printable(f"next: python -m view {folder}  (its curves, and who received credit)"))
     print(f"      python train.py --credit {'arca' if cfg.credit == 'uniform' else 'uniform'}")

@@ -20,6 +20,10 @@ NUMBERS = {  # that are read of the rows of a run's files; null is read as NaN
     "metrics.jsonl": ("reward", "gini", "effective_token_ratio", "groups_mixed", "skipped"),
     "evals.jsonl": ("greedy",), "samples.jsonl": ("reward", "advantage"),
 }  # fmt: skip
+SHOWN = (  # likewise, of metrics.jsonl; a row that lacks one has NaN
+    "entropy", "truncated", "completion_tokens", "seconds_rollout", "seconds_update",
+    "tokens_per_second",
+)  # fmt: skip
 
 
 def opened(path):
@@ -81,13 +85,13 @@ def raw_lines(path):
             yield line, where
 
 
-def read_lines(path, of_run=False):
+def read_lines(path, of_run=False, wanted=None):
     """Yield (object, "PATH, line N") for the lines of a JSONL file; UserError names one that holds
-    no object. Blank lines are skipped. A run's file has none, and if a crash has torn its last
-    line, that is ignored."""
+    no object. Blank lines are skipped, and those that are not wanted. A run's file has none that
+    are blank, and if a crash has torn its last line, that is ignored."""
     try:
         for line, where in raw_lines(path):
-            if line.strip() or of_run:
+            if (line.strip() or of_run) and (wanted is None or wanted(line)):
                 yield parse(line), where
     except (ValueError, RecursionError):
         if not of_run or line.endswith(b"\n"):
@@ -104,11 +108,18 @@ def is_number(x, least=-(2**40), most=2**40) -> bool:
 def read_rows(path) -> list[dict]:
     """Return the rows that `append` wrote to a run's file, [] if there is no file; UserError names
     a line whose step is no later one (samples: an earlier one), or that lacks its NUMBERS."""
-    rows = []
-    for row, where in read_lines(path, of_run=True) if path.exists() else ():
-        least = rows[-1]["step"] + (path.name != "samples.jsonl") if rows else 0
+    return [row for row, _ in each_row(path)]
+
+
+def each_row(path, wanted=None):
+    """Yield (row, "PATH, line N") for the rows of `read_rows`, one at a time: of all lines, or of
+    those of which wanted(line) is true."""
+    least = 0
+    for row, where in read_lines(path, True, wanted) if path.exists() else ():
         wrong = [] if type(row.get("step")) is int and is_number(row["step"], least) else ["step"]
-        for name in NUMBERS[path.name]:
+        shown = dict.fromkeys(SHOWN if path.name == "metrics.jsonl" else ())
+        row = shown | row
+        for name in (*NUMBERS[path.name], *shown):
             value = row.get(name, "")
             wrong += [] if value is None or is_number(value) else [name]
             row[name] = math.nan if value is None else value
@@ -119,8 +130,8 @@ def read_rows(path) -> list[dict]:
             wrong += [] if len(rates) == len(ends) + 1 == 3 else [name]
         if wrong:
             raise UserError(f"{where} is damaged ({wrong[0]}): mend it, or start another run")
-        rows.append(row)
-    return rows
+        least = row["step"] + (path.name != "samples.jsonl")
+        yield row, where
 
 
 def checked(raw: dict, where, **types) -> dict:

@@ -49,8 +49,8 @@ from run.answers import print_groups, read_completions
 from run.flags import check, check_fit
 from system import files
 from system.errors import UserError, printable
-from view.__main__ import make_groups, read_samples
-from view.draw import page, show
+from view import __main__ as view
+from view.samples import read_samples
 
 ROOM = 2**30  # bytes that a loader may allocate beyond what is there; the files have 200 kB
 SECONDS = 5  # of processor time for a file
@@ -408,16 +408,15 @@ def go_on(folder, original, base):
     return cfg
 
 
-def look(folder):
-    """Do all that `python -m view` does; the page is valid JSON."""
-    samples = read_samples(folder)
-    names = list(samples[0]["rules"])
-    groups = make_groups(samples)
-    text = page(groups, names, 1, samples[-1]["credit"], "run")
+def look(folder, monkeypatch):
+    """Do all that `python -m view` does but the picture; the page is valid JSON."""
+    out = folder.with_name("shown")
+    monkeypatch.setattr(sys, "argv", ["view", str(folder), "--out", str(out)])
+    monkeypatch.setattr(view.picture, "find_spec", lambda name: None)
+    view.main()
+    text = (out / "view.html").read_text(encoding="utf-8")
     data = text.split('id="data">', 1)[1].split("</script>", 1)[0]
-    json.loads(data, parse_constant=pytest.fail)
-    show(groups, names, 1)
-    return groups
+    return json.loads(data, parse_constant=pytest.fail)
 
 
 def try_run(run, name, data, monkeypatch):
@@ -430,7 +429,7 @@ def try_run(run, name, data, monkeypatch):
     before = contents(path)
     went_on = outcome(go_on, path, original, base)
     assert went_on or contents(path) == before
-    looked = outcome(look, path)
+    looked = outcome(look, path, monkeypatch)
     for file, content in whole.items():
         file.write_bytes(content)
     return went_on and looked

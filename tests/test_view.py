@@ -1,4 +1,4 @@
-"""`python -m view`: its numbers against definitions, and hostile text on screen and page."""
+"""`python -m view`: its numbers against definitions, unfinished runs, hostile text, a browser."""
 
 import html
 import json
@@ -12,8 +12,10 @@ import pytest
 
 import train
 from credit import METHODS
+from system import processes
 from system.errors import run_cli
 from view import __main__ as view
+from view import curves, picture
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = "</script><script>document.title='x'</script><!--"
@@ -48,9 +50,11 @@ def write(folder, rows):
     return folder
 
 
-def call(monkeypatch, capsys, *flags):
+def call(monkeypatch, capsys, *flags, terminal=False, matplotlib=False):
     """(exit code, stdout, stderr) of python -m view."""
     monkeypatch.setattr(sys, "argv", ["view", *map(str, flags)])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(picture, "find_spec", lambda name: matplotlib or None)  # slow to import
     code = 0
     try:
         run_cli(view.main)
@@ -61,8 +65,47 @@ def call(monkeypatch, capsys, *flags):
 
 def embedded(folder):
     """The data in the page."""
-    text = (folder / "credit.html").read_text(encoding="utf-8")
+    text = (folder / "view.html").read_text(encoding="utf-8")
     return json.loads(text.split('id="data">', 1)[1].split("</script>", 1)[0])
+
+
+def credit(folder):
+    """What the page shows of the first run's samples."""
+    return embedded(folder)["credits"][0]
+
+
+def step_row(step, reward, **more):
+    """A row of metrics.jsonl: 32 tokens for 4 completions, a quarter of the time in the rollout."""
+    row = dict(
+        step=step, reward=reward, entropy=0.5, truncated=0.25, completion_tokens=32, gini=0.5
+    )
+    row |= dict(effective_token_ratio=0.75, groups_mixed=1, skipped=0, tokens_per_second=8.0)
+    return row | dict(seconds_rollout=1.0, seconds_update=3.0) | more
+
+
+def eval_row(step, greedy):
+    """A row of evals.jsonl, with an interval of a tenth to both sides."""
+    band = [round(greedy - 0.1, 3), round(greedy + 0.1, 3)]
+    return {
+        "step": step,
+        "greedy": greedy,
+        "pass@1": 0.5,
+        "greedy_95": band,
+        "pass@1_95": [0.4, 0.6],
+    }
+
+
+def make_run(folder, rewards=(), evals=(), **settings):
+    """A run with these rewards at step 1, 2, ...; evaluated at the steps of evals."""
+    folder.mkdir(parents=True)
+    config = dict(credit="arca", seed=1, steps=3, prompts=2, samples=2, out=str(folder)) | settings
+    (folder / "config.json").write_text(json.dumps(dict(settings=config)))
+    rows = [step_row(step, reward) for step, reward in enumerate(rewards, 1)]
+    evals = [eval_row(step, rate) for step, rate in dict(evals).items()]
+    for name, found in (("metrics.jsonl", rows), ("evals.jsonl", evals)):
+        if found:
+            (folder / name).write_text("".join(json.dumps(row) + "\n" for row in found))
+    return folder
 
 
 def bare(text):
@@ -83,7 +126,7 @@ def defined(w):
 def test_screen_shows_weights_by_shade(monkeypatch, capsys, tmp_path):
     """A view of the wrong step or sharpening; or one in which more credit is lighter."""
     write(tmp_path, ordinary())
-    code, out, err = call(monkeypatch, capsys, tmp_path, "--out", tmp_path)
+    code, out, err = call(monkeypatch, capsys, tmp_path, "--out", tmp_path, terminal=True)
     assert (code, err) == (0, "")
     assert re.findall(r"^step (\d+): ", out, re.M) == ["11"]  # the newest
     # Gini of (0, .5, .5, 3): ((2*2-5) .5 + (2*3-5) .5 + (2*4-5) 3) / (4 * 4) = 9/16; the effective
@@ -94,7 +137,8 @@ def test_screen_shows_weights_by_shade(monkeypatch, capsys, tmp_path):
     grey = [int(shade) for shade in re.findall(r"48;5;(\d+)", last)]
     assert len(grey) == 4 and grey[0] > grey[1] == grey[2] > grey[3] >= 232
     out = call(monkeypatch, capsys, tmp_path, "--out", tmp_path, "--sharpening", 2)[1]
-    assert f"{'arca':17}  0.75  0.25  The answer" in bare(out)  # one-hot: 3/4 and 1/4
+    assert f'{"arca":17}  0.75  0.25  4.00 "<end>"  0.00' in out  # one-hot: 3/4 and 1/4
+    assert "\x1b" not in out and max(map(len, out.splitlines())) <= 80
 
 
 def test_page_holds_the_numbers(monkeypatch, capsys, tmp_path):
@@ -103,7 +147,7 @@ def test_page_holds_the_numbers(monkeypatch, capsys, tmp_path):
     rows = ordinary()
     rows[3]["rules"]["arca"][0] = [4.0, 0.0, 0.0, 0.0]
     call(monkeypatch, capsys, write(tmp_path, rows), "--out", tmp_path)
-    data = embedded(tmp_path)
+    data = credit(tmp_path) | dict(classes=embedded(tmp_path)["classes"])
     assert data["own"] == "arca" and [g["step"] for g in data["groups"]] == [1, 11]
     first, last = data["groups"]
     assert first["gini"] == [[0, 0], [0, 0]] and first["ratio"] == [[1, 1], [1, 1]]
@@ -126,7 +170,7 @@ def test_numbers_that_are_not_finite_are_null(monkeypatch, capsys, tmp_path):
         row |= dict(logp=[None] * 4, entropy=[None] * 4)
     code, out, err = call(monkeypatch, capsys, write(tmp_path, rows), "--out", tmp_path)
     assert (code, err) == (0, "") and f"{'arca':17}   nan   nan" in bare(out)
-    last = embedded(tmp_path)["groups"][-1]
+    last = credit(tmp_path)["groups"][-1]
     assert last["gini"][0] == [0, None]
     assert last["completions"][0]["weights"][0][1] == last["completions"][0]["logp"] == [None] * 4
 
@@ -136,7 +180,7 @@ def test_rules_that_not_all_samples_have_are_left_out(monkeypatch, capsys, tmp_p
     rows = ordinary()
     rows[3]["rules"]["newer"] = rows[3]["rules"]["arca"]
     assert call(monkeypatch, capsys, write(tmp_path, rows), "--out", tmp_path)[0] == 0
-    assert [rule["name"] for rule in embedded(tmp_path)["rules"]] == ["uniform", "arca"]
+    assert [rule["name"] for rule in credit(tmp_path)["rules"]] == ["uniform", "arca"]
 
 
 def test_what_a_run_has_kept(monkeypatch, capsys, tmp_path):
@@ -150,8 +194,8 @@ def test_what_a_run_has_kept(monkeypatch, capsys, tmp_path):
     train.main()
     capsys.readouterr()
     code, shown, err = call(monkeypatch, capsys, run, "--out", out)
-    assert (code, err) == (0, "") and str(out / "credit.html") in shown
-    data = embedded(out)
+    assert (code, err) == (0, "") and str(out / "view.html") in shown
+    data = credit(out)
     assert [rule["name"] for rule in data["rules"]] == list(METHODS)
     assert all(rule["formula"] for rule in data["rules"])
     (group,) = data["groups"]
@@ -170,6 +214,128 @@ def test_what_a_run_has_kept(monkeypatch, capsys, tmp_path):
         assert set(c["weights"][0][arca]) == {1.0} and not any(c["residual"])
 
 
+# ---- Learning curves -----------------------------------------------------------------------------
+
+
+def two_rules(folder):
+    """A sweep: two seeds of arca, one of uniform with a step that was skipped, and the folder of a
+    base model, which was not trained."""
+    make_run(folder / "a1", [0.1, 0.2, 0.6], {0: 0.4, 3: 0.6})
+    make_run(folder / "a2", [0.3, 0.4], {0: 0.5}, seed=2, chat=False)
+    make_run(folder / "u1", [0.5, None, 0.7], {0: 0.4, 3: 0.8}, credit="uniform")
+    (folder / "base").mkdir()
+    (folder / "base" / "answers.jsonl").write_text("{}\n")
+    return folder
+
+
+def test_lines_are_the_runs(monkeypatch, capsys, tmp_path):
+    """A mean over other runs than those that differ in their seed alone, a band of something else,
+    a null that becomes 0 or moves the steps after it; a share of the wrong time."""
+    sweep, out = two_rules(tmp_path / "sweep"), tmp_path / "shown"
+    code, said, err = call(monkeypatch, capsys, sweep, sweep / "a1", "--out", out)
+    assert (code, err) == (0, "")
+    page = embedded(out)["curves"]
+    arca, uniform = page["lines"]
+    assert [(x["label"], x["seeds"]) for x in page["lines"]] == [("arca", 2), ("uniform", 1)]
+    nothing = [None] * 3
+    assert arca["curves"]["reward"] == {
+        "x": [1, 2, 3], "mean": [0.2, 0.3, 0.6], "low": [0.1, 0.2, 0.6], "high": [0.3, 0.4, 0.6]
+    }  # fmt: skip
+    assert uniform["curves"]["reward"]["mean"] == [0.5, None, 0.7]
+    assert uniform["curves"]["reward"]["low"] == nothing
+    greedy = [line["curves"]["greedy"] for line in (arca, uniform)]
+    assert greedy[0] == {"x": [0, 3], "mean": [0.45, 0.6], "low": [0.4, 0.6], "high": [0.5, 0.6]}
+    assert greedy[1] == {"x": [0, 3], "mean": [0.4, 0.8], "low": [0.3, 0.7], "high": [0.5, 0.9]}
+    assert {key: uniform["curves"][key]["mean"][0] for key in curves.PANELS} == {
+        "reward": 0.5, "entropy": 0.5, "length": 8, "truncated": 0.25, "gini": 0.5,
+        "effective_token_ratio": 0.75, "seconds_rollout": 1, "seconds_update": 3,
+        "tokens_per_second": 8,
+    }  # fmt: skip
+    assert [row["steps"] for row in page["table"]] == [
+        "3 of 3 steps",
+        "2 of 3 steps",
+        "3 of 3 steps",
+    ]
+    assert page["table"][0]["held-out greedy"] == "40.0 % [30.0, 50.0] → 60.0 % [50.0, 70.0]"
+    # The screen, where no terminal is.
+    for words in (
+        "arca: a1, a2 (mean of 2 runs",
+        "3 of 3 steps, 2 of 3 steps",
+        "45.0 % [40.0, 50.0]",
+        "40.0 % [30.0, 50.0]",
+        "25 % of the time in rollouts",
+        "no picture",
+        "pip install",
+    ):
+        assert words in said
+    assert re.search(r"^reward, 5 steps +0.600 +0.600$", said, re.M)  # uniform's, without the null
+    assert max(map(len, said.replace(str(out), "").splitlines())) <= 80 and "\x1b" not in said
+
+
+def test_what_has_not_happened_yet(monkeypatch, capsys, tmp_path):
+    """A traceback on a run that goes on or was killed: it holds its lock, has only been evaluated,
+    or has nothing but settings, a line is half written; or it is never evaluated."""
+    begun = make_run(tmp_path / "begun")
+    looked = make_run(tmp_path / "looked", evals={0: 0.5})
+    never = make_run(tmp_path / "never", [0.5, 0.5], prompts=None)
+    killed = make_run(tmp_path / "killed", [0.25, 0.75], {0: 0.5})
+    for name, text in (("metrics.jsonl", '{"step": 3, "rew'), ("samples.jsonl", '{"step": 1, "')):
+        with open(killed / name, "a") as file:
+            file.write(text)
+    processes.hold(killed)
+    for number, folder in enumerate((begun, looked, never, killed, tmp_path)):
+        out = tmp_path.with_name(f"{tmp_path.name}-{number}")
+        code, said, err = call(monkeypatch, capsys, folder, "--out", out)
+        assert (code, err) == (0, "") and "no completions are kept yet" in said
+        page = embedded(out)
+        assert page["credits"] == [] and len(page["curves"]["table"]) == (1, 1, 1, 1, 4)[number]
+    said = call(monkeypatch, capsys, killed, "--out", out)[1]
+    assert "2 of 3 steps" in said and "train reward of steps 1 to 2" in said
+    assert embedded(out)["curves"]["lines"][0]["curves"]["reward"]["mean"] == [0.25, 0.75]
+
+
+def test_many_lines_and_many_steps(tmp_path, monkeypatch, capsys):
+    """A legend of 17 lines; a rule that has another colour beside other rules; a page as large as
+    the run is long, of steps or of samples."""
+    for rank in range(1, 13):
+        make_run(tmp_path / "many" / f"a{rank}", [0.5], rank=rank)
+    for rule in ("uniform", "mine"):
+        make_run(tmp_path / "many" / rule, [0.5], credit=rule)
+    runs = [curves.read_run(folder) for folder in curves.find_runs([tmp_path / "many"])]
+    lines, every = curves.make_lines(runs)
+    found = dict(curves.choices(lines))
+    assert list(found) == ["the first line of each rule", "arca 1 to 10", "arca 11 to 12",
+                           "mine 1 to 1", "uniform 1 to 1"]  # fmt: skip
+    assert sorted(i for members in list(found.values())[1:] for i in members) == list(range(14))
+    for members in found.values():  # colour and dashes tell them apart
+        assert len({(lines[i]["colour"], lines[i]["style"]) for i in members}) == len(members) <= 10
+    alone = curves.make_lines([run for run in runs if run["name"] == "uniform"])[0]
+    (beside,) = [line for line in lines if line["rule"] == "uniform"]
+    assert alone[0]["colour"] == beside["colour"] and every == 1
+
+    long = make_run(tmp_path / "long", [step / 1000 for step in range(1, 1001)], steps=1000)
+    write(long, [row | dict(step=step) for step in range(1, 1001) for row in ordinary()[:2]])
+    call(monkeypatch, capsys, long, "--out", tmp_path)
+    page = embedded(tmp_path)
+    reward = page["curves"]["lines"][0]["curves"]["reward"]
+    assert page["curves"]["every"] == 5 and len(reward["x"]) == 200
+    assert (reward["x"][0], reward["mean"][0]) == (3, 0.003)  # of steps 1 to 5
+    shown = [group["step"] for group in page["credits"][0]["groups"]]
+    assert shown[0] == 1 and shown[-1] == 1000 and len(shown) <= 101
+
+
+def test_picture(monkeypatch, capsys, tmp_path):
+    """Dollar signs that matplotlib takes for formulas and cannot parse, in names of runs; a
+    run without a step."""
+    pytest.importorskip("matplotlib")
+    make_run(tmp_path / "_$x_$", [0.5, 0.6, None], {0: 0.5}, credit="_$\\frac{")
+    make_run(tmp_path / "begun")
+    flags = (tmp_path, "--out", tmp_path)
+    code, said, err = call(monkeypatch, capsys, *flags, matplotlib=True)
+    assert (code, err) == (0, "") and f"picture: {tmp_path / 'view.png'}" in said
+    assert (tmp_path / "view.png").read_bytes()[:4] == b"\x89PNG"
+
+
 # ---- Hostile text, damaged files -----------------------------------------------------------------
 
 
@@ -182,28 +348,37 @@ def test_screen_never_emits_what_a_model_wrote_to_steer_it(monkeypatch, capsys, 
     """ESC and C1 sequences clear the screen or rename the window; a lone surrogate ends in a
     UnicodeEncodeError."""
     hostile(tmp_path)
-    code, out, err = call(monkeypatch, capsys, tmp_path, "--out", tmp_path)
+    code, out, err = call(monkeypatch, capsys, tmp_path, "--out", tmp_path, terminal=True)
     assert (code, err) == (0, "")
     rest = set(bare(out)) - {"\n"}
     assert not {c for c in rest if ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u202e\ud800"}
     assert "�[2J�]0;owned�" in bare(out).replace("\n" + " " * 31, "") and " a↵" in bare(out)
+    # The same in what else a shared run says: its name, its settings, the names of its rates.
+    named = make_run(tmp_path / "\x1b[2J$\\frac{", [0.5], {0: 0.5}, credit=SCRIPT + "\x1b[31m")
+    make_run(tmp_path / "other", [0.5], {0: 0.5}, steps="\x1b[2J", model="\x1b[2J\u202e</script>")
+    with open(named / "evals.jsonl", "a") as file:
+        file.write(json.dumps(eval_row(1, 0.5) | {"\x1b[2J": 0.5, "\x1b[2J_95": [0.1, 0.9]}) + "\n")
+    code, out, err = call(monkeypatch, capsys, named, tmp_path / "other", "--out", tmp_path)
+    assert (code, err) == (0, "") and not set(out) & set("\x1b\u202e") and len(out) > 500
+    assert not set((tmp_path / "view.html").read_text()) & set("\x1b\u202e")
 
 
 def test_page_escapes_what_a_model_wrote(monkeypatch, capsys, tmp_path):
     """A token that ends the script it is embedded in, and runs as another."""
     call(monkeypatch, capsys, hostile(tmp_path), "--out", tmp_path)
-    text = (tmp_path / "credit.html").read_text(encoding="utf-8")
+    text = (tmp_path / "view.html").read_text(encoding="utf-8")
     assert "document.title='x'" in text  # it is there, but neither of these is
     template = (ROOT / "view" / "page.html").read_text(encoding="utf-8")
     for mark in ("<script", "</script", "<!--"):
         assert text.count(mark) == template.count(mark)
     assert not set(text) & set("\u2028\u2029\x1b\x9b")
-    assert embedded(tmp_path)["groups"][0]["completions"][0]["tokens"][0] == SCRIPT
+    assert credit(tmp_path)["groups"][0]["completions"][0]["tokens"][0] == SCRIPT
 
 
 def test_page_asks_for_nothing_from_outside():
     """A font or script from elsewhere: broken without a network, and it tells who looks."""
-    text = (ROOT / "view" / "page.html").read_text(encoding="utf-8")
+    files = [*(ROOT / "view").glob("*.html"), *(ROOT / "view").glob("*.js")]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
     links = set(re.findall(r"https?://[^\"' )]*", text)) - {"http://www.w3.org/2000/svg"}  # a name
     assert not links
     assert not re.findall(r"\b(?:src|href|action)\s*=|@import|url\(|fetch\(|innerHTML", text)
@@ -211,19 +386,25 @@ def test_page_asks_for_nothing_from_outside():
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    "name, text, says",
     [
-        (None, "samples.jsonl"),
-        ("", "no samples"),
-        ('{"step": 1}\n', "line 1"),
-        ("{torn\n{}\n", "line 1"),
+        ("", "", "no run"),
+        ("samples.jsonl", "", "no run"),
+        ("config.json", '{"model_type": "qwen3"}', "no run"),
+        ("config.json", '{"settings": 1}', "config.json"),
+        ("samples.jsonl", '{"step": 1}\n', "samples.jsonl, line 1"),
+        ("samples.jsonl", "{torn\n{}\n", "samples.jsonl, line 1"),
+        ("metrics.jsonl", json.dumps(step_row(1, 0.5)) + "\n{}\n", "metrics.jsonl, line 2"),
+        ("metrics.jsonl", json.dumps(step_row(1, 0.5, entropy="x")) + "\n", "line 1"),
+        ("evals.jsonl", json.dumps(eval_row(0, 3.0)) + "\n", "evals.jsonl, line 1"),
     ],
 )
-def test_what_is_no_run_is_said_in_one_line(monkeypatch, capsys, tmp_path, text, says):
+def test_what_is_no_run_is_said_in_one_line(monkeypatch, capsys, tmp_path, name, text, says):
     """A traceback, or exit code 0, where a user has mistyped a folder or a file is damaged."""
-    if text is not None:
-        (tmp_path / "samples.jsonl").write_text(text)
-    code, _, err = call(monkeypatch, capsys, tmp_path, "--out", tmp_path / "shown")
+    if name:
+        (tmp_path / name).write_text(text)
+    whole = make_run(tmp_path.with_name(f"{tmp_path.name}-whole"), [0.5])
+    code, _, err = call(monkeypatch, capsys, whole, tmp_path, "--out", tmp_path / "shown")
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err
     assert not (tmp_path / "shown").exists()
 
@@ -261,24 +442,69 @@ document.addEventListener("securitypolicyviolation", (e) => {
 console.error = (text) => { document.documentElement.dataset.error = text; };
 </script>"""
 PRESS = """<script>
+const set = document.documentElement.dataset;
 const key = (name) => document.activeElement.dispatchEvent(
   new KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true }));
+// The keyboard: a curve's steps, a line of the legend, tokens.
+const chart = document.querySelector(".chart[data-key=reward]");
+chart.focus();
+for (const name of ["Home", "ArrowRight"]) key(name);
+set.step = chart.getAttribute("aria-valuetext");
+set.pointed = document.getElementById("pointed").textContent;
+set.outline = getComputedStyle(chart).outlineStyle;
 const tab = document.querySelector("#rules [tabindex='0']");
 tab.focus();
 for (const name of ["Home", "ArrowUp", "ArrowRight", "ArrowRight"]) key(name);
-document.documentElement.dataset.focus = document.activeElement.dataset.at;
-document.documentElement.dataset.stops = document.querySelectorAll("#rules [tabindex='0']").length;
+set.focus = document.activeElement.dataset.at;
+set.stops = document.querySelectorAll("#rules [tabindex='0']").length;
 </script>"""
+LOOK = """<script>{
+// The least contrast of a text with what is behind it, and of a curve; how much is too wide.
+const numbers = (colour) => colour.match(/[0-9.]+/g).map(Number);
+function luminance(colour) {
+  const part = (v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const [r, g, b] = numbers(colour).map((v) => part(v / 255));
+  return .2126 * r + .7152 * g + .0722 * b;
+}
+function behind(node) {
+  const colour = getComputedStyle(node).backgroundColor;
+  return numbers(colour)[3] === 0 ? behind(node.parentElement) : colour;
+}
+function contrast(node, colour) {
+  const [a, b] = [luminance(colour), luminance(behind(node))];
+  return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+}
+let text = 99, drawn = 99, worst = "";
+for (const node of document.body.querySelectorAll("*")) {
+  const isText = (child) => child.nodeType === 3 && child.textContent.trim();
+  const says = [...node.childNodes].some(isText);
+  if (!node.getClientRects().length || ["SCRIPT", "OPTION"].includes(node.tagName)) continue;
+  const style = getComputedStyle(node);
+  if (says) {
+    const found = contrast(node, node instanceof SVGElement ? style.fill : style.color);
+    if (found < text) { text = found; worst = node.outerHTML.slice(0, 200); }
+  }
+  if (node.classList.contains("curve")) drawn = Math.min(drawn, contrast(node, style.stroke));
+}
+const wide = document.documentElement.scrollWidth - innerWidth;
+const page = getComputedStyle(document.body).backgroundColor;
+Object.assign(document.documentElement.dataset, { text, drawn, worst, page, wide });
+}</script>"""
 
 
-def opened(folder, hash="", after=""):
+def opened(folder, hash="", after="", *flags):
     """The page's document as headless Chromium has it after its script ran, with any error."""
-    path, copied = folder / "credit.html", folder / "watched.html"
+    path, copied = folder / "view.html", folder / "watched.html"
     text = path.read_text(encoding="utf-8").replace("<head>", "<head>" + WATCH, 1)
     head, tail = text.rsplit("</body>", 1)
     copied.write_text(head + after + "</body>" + tail, encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    flags += ["--dump-dom", "--virtual-time-budget=2000"]
+    flags += (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={folder / 'profile'}",
+    )
+    flags += ("--dump-dom", "--virtual-time-budget=2000")
     command = [BROWSER, *flags, f"{copied.as_uri()}#{hash}"]
     return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=90).stdout
 
@@ -290,18 +516,50 @@ needs_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium here")
 def test_page_in_a_browser(monkeypatch, capsys, tmp_path):
     """A page that stops with an error, shows other numbers than were computed, or cannot be used
     without a mouse."""
-    call(monkeypatch, capsys, write(tmp_path, ordinary()), "--out", tmp_path)
-    dom = opened(tmp_path, after=PRESS)
+    two_rules(tmp_path / "sweep")
+    write(tmp_path / "sweep" / "a1", ordinary())
+    write(tmp_path / "sweep" / "u1", ordinary()[:2])
+    call(monkeypatch, capsys, tmp_path / "sweep", "--out", tmp_path)
+    dom = opened(tmp_path, "", PRESS + LOOK, "--window-size=1100,800", light_or_dark(1))
     tag = re.search(r"<html[^>]*>", dom)[0]
     assert 'data-ready="yes"' in tag and "data-error" not in tag, tag
     text = html.unescape(re.sub(r"<[^>]*>", "", dom.split("<script type=")[0]))
-    assert "Gini 0.56, effective-token ratio 0.42" in text and "0.75" not in text
+    assert "Gini 0.56, effective-token ratio 0.42" in text and "Gini 0.75" not in text
     assert "✓ right" in text and "✗ wrong" in text and "What is $3+4$?" in text
     assert 'data-focus="0 0 2"' in tag and 'data-stops="1"' in tag  # arca to uniform, two along
     assert "token 3 of 4" in text
-    dom = opened(tmp_path, "p=2&group=2&theme=dark")
-    assert "Gini 0.75, effective-token ratio 0.25" in dom and 'data-theme="dark"' in dom
-    assert "Gini 0.00, effective-token ratio 1.00" in opened(tmp_path, "group=1")
+    # The curves: arca's mean reward at steps 1 to 3, of which the axes are 0 to 3 and 0 to 1.
+    chart = re.search(r'<svg class="chart"[^>]*data-key="reward".*?</svg>', dom, re.DOTALL)[0]
+    points = re.search(r'data-line="arca".*?<polyline[^>]*points="([^"]*)"', chart, re.DOTALL)[1]
+    points = [tuple(map(float, point.split(","))) for point in points.split()]
+    left, right, low, high = 46, 348, 166, 8  # of BOX in curves.js
+    shown = [((x - left) / (right - left) * 3, (low - y) / (low - high)) for x, y in points]
+    for found, wanted in zip(shown, [(1, 0.2), (2, 0.3), (3, 0.6)], strict=True):
+        assert found == pytest.approx(wanted, abs=1e-3)
+    assert (
+        'data-line="uniform"' in chart and "<polyline" not in chart.split('"uniform"')[1]
+    )  # a gap
+    assert 'data-step="step 2: arca 0.3 [0.2, 0.4]; uniform –"' in tag
+    assert 'data-pointed="Train reward at step 2"' in tag and 'data-outline="solid"' in tag
+    check_look(tag, light=True)
+    dom = opened(tmp_path, "p=2&group=2", LOOK, "--window-size=360,800", light_or_dark(0))
+    assert "Gini 0.75, effective-token ratio 0.25" in dom
+    check_look(re.search(r"<html[^>]*>", dom)[0], light=False)
+    dom = opened(tmp_path, "run=2&theme=dark")
+    assert "Gini 0.00, effective-token ratio 1.00" in dom and 'data-theme="dark"' in dom
+
+
+def light_or_dark(scheme):
+    """The flag for a system that is light (1) or dark (0)."""
+    return f"--blink-settings=preferredColorScheme={scheme}"
+
+
+def check_look(tag, light):
+    """Text and curves stand out as WCAG asks, and the page does not scroll sideways."""
+    found = dict(re.findall(r'data-(\w+)="([^"]*)"', tag))
+    assert (sum(map(int, re.findall(r"\d+", found["page"])[:3])) > 384) == light
+    assert float(found["text"]) >= 4.5, found
+    assert float(found["drawn"]) >= 3 and int(found["wide"]) <= 0, found
 
 
 @needs_browser
