@@ -11,7 +11,8 @@ first order J then grows by g* . d, where g* = grad J. A batch of B completions 
     u = sum_it c_it grad log pi(y_it),              c_it = A_i m_it / (B T_i)
 
 g is the plain estimator (RLOO, no 1/T): E g = g*. u is what a rule hands to the optimizer: A_i is
-GRPO's advantage, m_it the rule's multiplier. Of N independent batches we estimate
+GRPO's advantage, m_it the rule's multiplier. (A KL penalty is left out.) Of N independent batches
+we estimate
 
     raw gain      <g*, E u> / rms |u|        a step of fixed length along u
     AdamW's gain  lr <g*, E[u / sqrt(v)]>    v: the mean of u^2, coordinate by coordinate
@@ -50,12 +51,12 @@ from tqdm import tqdm
 
 import grpo
 from credit import METHODS, token_weights
-from experiments.rows import default_file, paired, read_results, write_results
-from experiments.stats import crossed
+from experiments.first_order_report import HEADS, PARTS, label, line_of, report, side
+from experiments.rows import read_results, write_results
 from experiments.tables import table
 from experiments.truth import open_run, train_run
 from lora import lora_parameters
-from run.metrics import CLASSES, rank_correlation, step_classes
+from run.metrics import CLASSES, step_classes
 from system.errors import Parser, UserError, run_cli
 
 ROOT = Path(__file__).parent.parent
@@ -77,9 +78,6 @@ SHARED = (
     "advantage",
     "aggregate",
 )
-# Parts of a completion: each token is in one of the first four, and in one of the classes or in
-# the answer or the end.
-PARTS = ("first", "work", "answer", "end", *CLASSES[:5])
 EPSILON = 1e-8  # AdamW's
 NUDGE = 0.03  # how far the adapter is moved for d_t; a step of AdamW is 0.8 long
 
@@ -164,42 +162,44 @@ def sample_batch(model, tokenizer, problems, cfg, step, batch):
 def gradients(model, rollout, cfg, rules):
     """Return, by rule and for PLAIN, u (D,) and its coefficients c (B, T); one forward pass per
     micro-batch. Beside them p (B, T), the probability of each token that has a gradient."""
+    # What is known before any pass.
     parameters = list(lora_parameters(model).values())
-    c = rollout.completions
+    tokens = rollout.completions.tokens
     advantages = grpo.group_advantages(rollout.rewards, cfg.advantage).flatten()  # (B,)
-    plain = grpo.group_advantages(rollout.rewards, "rloo").flatten()
+    plain = grpo.group_advantages(rollout.rewards, "rloo").flatten() / len(tokens)  # (B,)
+    row_weight = grpo.row_weights(rollout.completions.lengths, cfg.aggregate)  # (B,)
     signals = grpo.sampled_signals(rollout, advantages)
     needed = {signal for name, _ in rules for signal in METHODS[name].reads}
     whole = [rule for rule in rules if METHODS[rule[0]].whole_step]
     early = {rule: token_weights(rule[0], signals, rule[1]) for rule in whole}  # (B, T)
-    row_weight = {rule: grpo.row_weights(c.lengths, cfg.aggregate) for rule in rules}
-    row_weight[PLAIN] = torch.full_like(plain, 1 / len(plain))
-    size = sum(p.numel() for p in parameters)
-    found = {rule: torch.zeros(size) for rule in row_weight}
-    coefficients = {rule: torch.zeros(c.tokens.shape) for rule in row_weight}
-    p = torch.ones(c.tokens.shape)
+    size = sum(x.numel() for x in parameters)
+    found = {rule: torch.zeros(size) for rule in [*rules, PLAIN]}
+    coefficients = {rule: torch.zeros(tokens.shape) for rule in found}
+    p = torch.ones(tokens.shape)
+
     for rows in grpo.split(rollout, advantages != 0, cfg.micro_batch_tokens, model.device):
+        # Each rule's coefficients, of the signals that one pass finds.
         batch, logps, signals_here = grpo.score(model, rollout, rows, needed, cfg)
         T = batch.mask.shape[1]
         here = replace(signals.rows(rows, T, model.device), **signals_here)
         p[rows, :T] = here.logp.exp().cpu()
-        done = []  # (coefficients, gradient): rules that agree share one backward pass
-        for rule in found:
-            if rule == PLAIN:
-                token_advantages = plain[rows, None].to(model.device).expand(-1, T)
-            elif rule in early:
-                token_advantages = here.advantage[:, None] * early[rule][rows, :T].to(model.device)
-            else:
-                token_advantages = here.advantage[:, None] * token_weights(rule[0], here, rule[1])
-            weights = batch.mask * row_weight[rule][rows, None].to(model.device)
-            coefficients[rule][rows, :T] = (token_advantages * weights).cpu()
-            same = [u for x, u in done if torch.equal(x, coefficients[rule][rows, :T])]
+        own = {PLAIN: plain[rows, None].to(logps) * batch.mask}
+        for rule in rules:
+            m = early[rule][rows, :T] if rule in early else token_weights(rule[0], here, rule[1])
+            weight = row_weight[rows, None].to(logps) * batch.mask
+            own[rule] = here.advantage[:, None] * m.to(logps) * weight
+
+        # Their gradients; rules that agree share a backward pass.
+        done = []
+        for rule, c in own.items():
+            same = [u for x, u in done if torch.equal(x, c)]
             if not same:
-                loss = (grpo.token_loss(logps, token_advantages, batch, None, cfg) * weights).sum()
-                u = torch.autograd.grad(-loss, parameters, retain_graph=True)
-                same = [parameters_to_vector(u).cpu()]
-                done.append((coefficients[rule][rows, :T], same[0]))
+                objective = grpo.policy_objective(logps, c).sum()
+                parts = torch.autograd.grad(objective, parameters, retain_graph=True)
+                same = [parameters_to_vector(parts).cpu()]
+                done.append((c, same[0]))
             found[rule] += same[0]
+            coefficients[rule][rows, :T] = c.cpu()
     return found, coefficients, p
 
 
@@ -296,10 +296,6 @@ def rounded(x):
     return float(f"{x:.4g}") if isinstance(x, float) else x
 
 
-def label(rule):
-    return f"{rule[0]}/{rule[1]:g}"
-
-
 def measure_run(folder, steps, N, out):
     """Measure all rules at steps of a run and add them to a results file, checkpoint by
     checkpoint; what it already has is not measured again."""
@@ -331,9 +327,7 @@ a run, no more. Below is safer: a rule that gains little a step learns slowly wh
 def against(x, N):
     """Return a gain minus another's (1 + S N,), and what that tells at two errors, in words."""
     value, error = estimate(x, N)
-    verdict = "cannot tell"
-    if abs(value) > 2 * error:
-        verdict = "above" if value > 0 else "below"
+    verdict = side(value - 2 * error, value + 2 * error)
     return f"{verdict} ({value:+.2f} ± {error:.2f} of uniform's gain)"
 
 
@@ -362,113 +356,6 @@ def score_rule(rule, folder, steps, N):
         theirs = pooled([x[other]["adam"] for x in at.values()]) / base
         print(f"- {against(own - theirs, N)}: {label(other)}")
     print("\n" + CAVEAT.format(", ".join(map(str, steps))))
-
-
-def shown(x, digits=2):
-    """Such as 0.43 ± 0.07."""
-    return "cannot tell" if x is None else f"{x[0]:.{digits}f} ± {x[1]:.{digits}f}"
-
-
-HEADS = ["step", "rule", "AdamW's gain", "in points", "raw gain", "length", "signal share"]
-HEADS += ["cos(E u, g*)", "gain: first", "work", "answer", "noise"]
-
-
-def line_of(row, begin):
-    """Return a row's cells: what it buys, its length, how sure, and where gain and noise sit."""
-    names = (("adam", 2), ("points", 2), ("raw", 2), ("length", 2), ("share", 3), ("cosine", 2))
-    cells = [shown(row[name], digits) for name, digits in names]
-    cells += [shown(row["gain"][part]) for part in ("first", "work", "answer")]
-    noise = [row["noise"][part][0] for part in PARTS[:4]]
-    answer = 100 * noise[2] / max(sum(noise), 1e-30)
-    return [*begin, *cells, f"{sum(noise):.1f}, {answer:.0f} % in the answer"]
-
-
-# ---- All rules, and the sweep --------------------------------------------------------------------
-def over_seeds(rows, name):
-    """Return the mean of a number over rows of several seeds and steps, and its error: that of the
-    batches, or if it is larger that between the rows' means by seed; None if no row tells."""
-    told = [row for row in rows if row[name] is not None]
-    if not told:
-        return None
-    x = torch.tensor([row[name] for row in told], dtype=torch.float64)  # (n, 2)
-    error = x[:, 1].norm().item() / len(x)
-    seeds = sorted({row["seed"] for row in told})
-    by_seed = [x[[row["seed"] == seed for row in told], 0].mean() for seed in seeds]
-    if len(seeds) > 1:
-        error = max(error, torch.stack(by_seed).std().item() / len(seeds) ** 0.5)
-    return [x[:, 0].mean().item(), error]
-
-
-def gain_table(rows, name, title):
-    """Return the table of one number: a rule a line, a checkpoint a column, means over seeds."""
-    places = sorted(
-        {(row["trajectory"], row["step"]) for row in rows}, key=lambda x: (x[0] > "b", x)
-    )
-    lines = []
-    for rule in dict.fromkeys(row["rule"] for row in rows):
-        line = [rule]
-        for place in places:
-            here = [x for x in rows if (x["trajectory"], x["step"]) == place and x["rule"] == rule]
-            line.append(shown(over_seeds(here, name)) if here else "")
-        lines.append(line)
-    return table(title, ["rule", *(f"{run}, {step}" for run, step in places)], lines)
-
-
-def spearman(a, b):
-    """Return Spearman's correlation of two lists and its 95 % interval, by Fisher's z with the
-    error sqrt((1 + rho^2 / 2) / (n - 3)) (Bonett and Wright, Psychometrika 65, 2000)."""
-    a, b = torch.tensor([a]), torch.tensor([b])
-    rho = rank_correlation(a, b, torch.ones(a.shape, dtype=torch.bool)).clamp(-0.9999, 0.9999)
-    spread = 1.96 * ((1 + rho**2 / 2) / (a.shape[1] - 3)).sqrt()
-    ends = [(rho.atanh() + sign * spread).tanh().item() for sign in (-1, 1)]
-    return [rho.item(), *ends]
-
-
-def held_against_sweep(rows, trajectory, steps):
-    """Return, as text, how the AdamW gains at steps of a trajectory rank the settings that the
-    sweep trained, against its differences in mean train reward from uniform: hits and misses."""
-    about, runs = read_results(default_file())
-    base = ("uniform", about["rank"], 1.0)
-    lines, gains, rewards = [], [], []
-    for cell in map(tuple, about["cells"]):
-        here = [x for x in rows if x["rule"] == label((cell[0], cell[2])) and x["step"] in steps]
-        here = [x for x in here if x["trajectory"] == trajectory]
-        if cell[1] != about["rank"] or cell == base or not here:
-            continue
-        gain = over_seeds(here, "adam")
-        e = crossed(paired(runs, cell, base, "reward"))
-        sides = [(gain[0] > 1) - (gain[0] < 1), (e.low > 0) - (e.high < 0)]
-        sides[0] *= abs(gain[0] - 1) > 2 * gain[1]
-        verdict = "one cannot tell" if 0 in sides else "hit" if sides[0] == sides[1] else "MISS"
-        reward = f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]"
-        lines.append([label((cell[0], cell[2])), shown(gain), reward, verdict])
-        gains.append(gain[0])
-        rewards.append(e.mean)
-    if len(gains) < 5:
-        return f"{trajectory}, steps {steps}: too few settings of the sweep to rank"
-    rho, low, high = spearman(gains, rewards)
-    title = f"{trajectory}'s steps {' and '.join(map(str, steps))} against the sweep: Spearman "
-    title += f"{rho:.2f} [{low:.2f}, {high:.2f}] over {len(gains)} settings"
-    return table(title, ["rule", "AdamW's gain", "reward minus uniform's", ""], lines)
-
-
-def report(rows):
-    """Print all tables of the rows of a results file."""
-    for name, title in (
-        ("adam", "Gain of an AdamW step, uniform = 1"),
-        ("points", "The same in points of mean reward"),
-        ("raw", "Gain of a step of fixed length along u, uniform = 1"),
-        ("length", "Length of u (rms), uniform = 1"),
-        ("share", "Signal share of a batch"),
-        ("cosine", "Bias: cos(E u, g*)"),
-    ):
-        print(gain_table(rows, name, f"{title}. Trajectory, step: mean of seeds ± error") + "\n")
-    for kind in ("gain", "noise"):
-        for part in PARTS[:4]:
-            flat = [row | {"x": row[kind][part]} for row in rows]
-            print(gain_table(flat, "x", f"Raw {kind} in {part}, uniform's total = 1") + "\n")
-    for trajectory in ("uniform/1", "arca/2"):
-        print(held_against_sweep(rows, trajectory, (5, 10)) + "\n")
 
 
 # ---- The command line ----------------------------------------------------------------------------
