@@ -136,7 +136,8 @@ def measured():
     """A tiny model, the rollout of helpers.py, and all rules' gradients and coefficients on it."""
     model = tiny_model()
     rollout = rollout_of(model)
-    return model, rollout, *first_order.gradients(model, rollout, settings(), ALL)
+    cfg = settings(micro_batch_tokens=12)  # several passes
+    return model, rollout, *first_order.gradients(model, rollout, cfg, ALL)
 
 
 @pytest.mark.parametrize("rule", ALL)
