@@ -263,27 +263,32 @@ def measure(opened, step, rules, N):
     return found
 
 
+def ratio(x, base, N):
+    """Return the [value, error] of a statistic in units of another; None if that is not told
+    from 0."""
+    return estimate(x / base, N) if is_told(estimate(base, N)) else None
+
+
 def summary(found, rule, N, lr):
     """Return the numbers of a rule in a checkpoint's statistics: [value, error] by name, most of
-    them relative to uniform."""
+    them relative to uniform, or None where that cannot be told."""
     x, base = found[rule], found[BASE]
     raw = x["along"] / x["size"].sqrt()
     base_raw = base["along"] / base["size"].sqrt()
     row = {
-        "adam": estimate(x["adam"] / base["adam"], N),
+        "adam": ratio(x["adam"], base["adam"], N),
         "points": estimate(100 * lr * x["adam"], N),
-        "raw": estimate(raw / base_raw, N),
+        "raw": ratio(raw, base_raw, N),
         "share": estimate(x["own"] / x["size"], N),
         "cosine": None,
         "length": estimate((x["size"] / base["size"]).sqrt(), N),
         "clipped": x["clipped"][0].item(),
     }
     if is_told(estimate(x["own"], N)) and is_told(estimate(x["true"], N)):
-        row["cosine"] = estimate(x["along"] / (x["own"] * x["true"]).sqrt(), N)
+        row["cosine"] = estimate(x["along"] / (x["own"] * x["true"]).abs().sqrt(), N)
     for name in ("gain", "noise"):
-        total = base[name][:, :4].sum(dim=1, keepdim=True)  # of all tokens, uniform's
-        shares = (x[name] / total).T
-        row[name] = {part: estimate(y, N) for part, y in zip(PARTS, shares, strict=True)}
+        total = base[name][:, :4].sum(dim=1)  # of all tokens, uniform's
+        row[name] = {part: ratio(x[name][:, k], total, N) for k, part in enumerate(PARTS)}
     return row
 
 

@@ -23,6 +23,7 @@ from helpers import (
 import grpo
 from experiments import first_order
 from experiments.first_order import ALL, BASE, PLAIN
+from experiments.rows import default_file, paired, read_results
 from lora import lora_parameters
 from system.errors import UserError
 
@@ -186,6 +187,40 @@ def test_worth_and_coefficients_make_the_product(measured, monkeypatch):
         assert whole == pytest.approx(float(found[PLAIN] @ u), rel=1e-4), rule
     after = torch.nn.utils.parameters_to_vector(lora_parameters(model).values())
     assert torch.equal(before, after)
+
+
+# ---- Results -------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_measured_once(monkeypatch, tmp_path, capsys):
+    """Hours that are lost with the process, measured twice, or mixed with another setting's; and a
+    comparison with the sweep that ranks the wrong way: as gains we take the sweep's own rewards."""
+    asked = []
+    about, runs = read_results(default_file())
+    cells = {tuple(cell) for cell in about["cells"] if cell[1] == about["rank"]}
+    rules = {
+        (cell[0], cell[2]): paired(runs, cell, ("uniform", 16, 1.0), "reward") for cell in cells
+    }
+
+    def measure(opened, step, wanted, N):
+        asked.append(step)
+        one = torch.ones(N + 1, dtype=torch.float64)
+        base = {"along": one, "own": one, "true": one, "size": 2 * one, "clipped": 0 * one}
+        base |= {"gain": torch.ones(N + 1, 9), "noise": torch.ones(N + 1, 9)}
+        return {rule: base | {"adam": one * (1 + x.mean())} for rule, x in rules.items()}
+
+    monkeypatch.setattr(first_order, "measure", measure)
+    monkeypatch.setattr(first_order, "open_run", lambda *at: (None, None, settings(), []))
+    out = tmp_path / "out.json"
+    first_order.measure_run("run", [5], 6, out)
+    first_order.measure_run("run", [5, 10], 6, out)
+    assert asked == [5, 10]
+    with pytest.raises(UserError, match="other settings"):
+        first_order.measure_run("run", [20], 7, out)
+    first_order.report(read_results(out)[1])
+    printed = capsys.readouterr().out
+    assert "Spearman 1.00 [" in printed and "over 12 settings" in printed
+    assert "hit" in printed and "MISS" not in printed
 
 
 # ---- The command ---------------------------------------------------------------------------------
