@@ -289,6 +289,14 @@ def token_loss(logps, advantages, batch: Batch, ref_logps, cfg):
     return -objective
 
 
+def row_weights(lengths, aggregate):
+    """Return the weight of each completion's tokens in the loss (B,), of lengths (B,): 1 / (B T_i)
+    (seq), or 1 / all tokens of the step (token)."""
+    if aggregate == "seq":
+        return 1 / (len(lengths) * lengths)
+    return torch.ones(len(lengths)) / lengths.sum()
+
+
 # ---- The update ----------------------------------------------------------------------------------
 FOUND = ("logp", "entropy", "ref_logp", "residual", "neg_logp")  # the signals that passes find
 
@@ -339,11 +347,7 @@ def update(model, optimizer, rollout: Rollout, advantages, cfg, compare=False):
     parameters = list(lora_parameters(model).values())
     needed = needed_signals(cfg, compare)
     metrics = dict(loss=0.0, grad_norm=0.0, skipped=0)
-    # The weight of a token: 1 / (B T_i) (seq), or 1 / all tokens of the step (token).
-    lengths = rollout.completions.lengths
-    row_weight = torch.ones(len(lengths)) / lengths.sum()  # (B,)
-    if cfg.aggregate == "seq":
-        row_weight = 1 / (len(lengths) * lengths)
+    row_weight = row_weights(rollout.completions.lengths, cfg.aggregate)  # (B,)
 
     # 1. A rule that must see the whole step gives its multipliers before any pass.
     signals = sampled_signals(rollout, advantages)

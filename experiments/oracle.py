@@ -29,7 +29,6 @@ of each a problem, with 95 % intervals from resampling problems:
 
 import multiprocessing
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -41,7 +40,7 @@ import credit
 from data.problems import load_split, problems_of_step
 from eval_math import evaluate
 from experiments.oracle_report import as_text, by_side, compare_arms, draw
-from experiments.truth import all_signals, grader, open_run, prefix_values
+from experiments.truth import all_signals, grader, open_run, prefix_values, train_run
 from grpo import group_advantages, sample_rollout, sampled_signals, update
 from lora import add_lora, lora_parameters
 from run.flags import load_base
@@ -180,12 +179,8 @@ def measure_batch(job):
 def make_run():
     """The run whose checkpoints are measured, unless it is there; one cut short goes on. Returns
     its folder."""
-    new = ["--credit", "arca", "--save-every", "10", "--keep-checkpoints", "9", "--out", RUN]
-    new += ["--eval-problems", "200", "--eval-samples", "0"]
-    args = ["--resume", RUN] if (Path(RUN) / "config.json").exists() else new
-    if subprocess.run([sys.executable, str(ROOT / "train.py"), *args]).returncode:
-        raise UserError(f"{RUN} could not be trained: see above")
-    return RUN
+    new = ["--credit", "arca", "--save-every", "10", "--keep-checkpoints", "9"]
+    return train_run(RUN, *new, "--eval-problems", "200", "--eval-samples", "0")
 
 
 # ---- What perfect credit would buy ---------------------------------------------------------------

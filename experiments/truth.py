@@ -20,6 +20,8 @@ the truth itself is a rule (`true`: weights |delta|), one half makes the weights
 is what they are measured against.
 """
 
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -38,6 +40,7 @@ from system import files
 from system.errors import UserError
 from train import Settings
 
+ROOT = Path(__file__).parent.parent
 REACH = 0.5  # a prefix that a smaller share of continuations is expected to pass is a start
 
 # ---- The value of every prefix -------------------------------------------------------------------
@@ -113,6 +116,17 @@ def prefix_values(model, rollout, rows, cfg, eos_ids, grade, n, least=64, step=0
 
 
 # ---- A checkpoint of a run, and what the rules read ---------------------------------------------
+
+
+def train_run(folder, *flags):
+    """Train a run with these flags of train.py, unless it is there; one cut short goes on. Returns
+    its folder; UserError if it cannot be trained."""
+    args = [*flags, "--out", folder]
+    if (Path(folder) / "config.json").exists():
+        args = ["--resume", folder]
+    if subprocess.run([sys.executable, str(ROOT / "train.py"), *args]).returncode:
+        raise UserError(f"{folder} could not be trained: see above")
+    return folder
 
 
 def saved_adapters(folder) -> dict:

@@ -17,6 +17,7 @@ LIMITS = {  # (the least, the most): the flags whose numbers these are
     (1, 2**17): "max_new_tokens tokens warm_tokens prompt_tokens",
     (1, 2**14): "prompts samples keep_checkpoints",
     (0, 2**14): "eval_samples",
+    (6, 2**10): "batches",  # of which pairs are left out
     (1, 2**12): "rank epochs_per_rollout rounds threads jobs processes kills rows",
     (1e-30, 1e30): "lr alpha max_grad_norm",  # what fp32 holds, and products of it
     (0.0, 1e30): "kl_coef clip_eps_high results",
