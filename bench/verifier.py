@@ -11,7 +11,6 @@ exception, within 0.2 s. Times are those of one process on one core, imports exc
 import collections
 import json
 import logging
-import resource
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,11 @@ sys.path.insert(0, str(HOUSE))
 
 from eval_math import verify  # noqa: E402
 from system.errors import Parser, UserError, run_cli  # noqa: E402
+
+try:
+    import resource
+except ModuleNotFoundError:
+    resource = None  # on Windows
 
 LABELLED = [HOUSE.parent / "shared" / "verifier" / f"{name}.jsonl" for name in ("dev", "attacks")]
 LIMIT = 0.2  # seconds of a hostile case
@@ -70,7 +74,10 @@ def measure(judge, cases):
 def main():
     parser = Parser(description="Our verifier beside math-verify.")
     parser.add_argument("files", nargs="*", default=LABELLED, help="labelled answers (JSONL)")
-    for path in map(Path, parser.parse_args().files):
+    files = parser.parse_args().files
+    if not resource:
+        raise UserError("bench/verifier.py takes Linux or macOS, or Windows' WSL: use one of these")
+    for path in map(Path, files):
         if not path.is_file():
             raise UserError(f"no file {path}: give a JSONL of gold, completion, label and kind")
         cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -10,7 +10,6 @@ stays done: after Ctrl-C, a crash or a kill the same command goes on, inside a r
 become results.json, and that the tables; experiments/figures.py draws the same file.
 """
 
-import fcntl
 import json
 import os
 import subprocess
@@ -28,6 +27,11 @@ from experiments.plan import PRESETS, ROOT, cells, code_key, next_command, part_
 from system.errors import Parser, UserError, flag_name, printable, run_cli
 from system.files import read_rows, to_json
 from train import Settings
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    fcntl = None  # on Windows
 
 # Settings of train.py that a sweep may have otherwise, the same for all its runs.
 BUDGET = """steps prompts samples max_new_tokens eval_problems lr micro_batch_tokens
@@ -209,6 +213,8 @@ def main():
             print(f"{run.folder}  {'to do' if next_command(run) else 'done'}")
         return
     failed = 0
+    if not fcntl and not args.tables_only:
+        raise UserError("to start runs takes Linux or macOS, or Windows' WSL: use one of these")
     if not args.tables_only:
         jobs = args.jobs or default_jobs(cfg)
         print(f"{len(runs)} runs, {jobs} at a time, in {out}; Ctrl-C stops them", flush=True)

@@ -245,6 +245,11 @@ def test_wrong_flags_are_one_line(monkeypatch, tmp_path):
         sweep.main()
     with pytest.raises(UserError, match="--eval-data"):
         planned(tmp_path, (), dict(data="problems.jsonl"))
+    monkeypatch.setattr(sweep, "fcntl", None)  # as on Windows
+    monkeypatch.setattr(sweep.sys, "argv", ["sweep.py", "--out", str(tmp_path / "none")])
+    with pytest.raises(UserError, match="takes Linux or macOS"):
+        sweep.main()
+    assert not (tmp_path / "none").exists()
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
