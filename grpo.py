@@ -86,8 +86,9 @@ def sample_rollout(model, tokenizer, problems, cfg, step, compare=False) -> Roll
     # 2) Reward.
     texts = completions.texts(tokenizer)
     rewards = [float(reward(text, problems[i // G])) for i, text in enumerate(texts)]
-    if not all(0 <= x <= 1 for x in rewards):  # NaN, too
-        raise UserError(f"reward() in grpo.py gave {rewards[0]} ...: return a number from 0 to 1")
+    odd = [x for x in rewards if not 0 <= x <= 1]  # NaN, too
+    if odd:
+        raise UserError(f"reward() in grpo.py gave {odd[0]}: return a number from 0 to 1")
 
     # 3) The controls' noise: the streams of samples -1, -2, ..., which nothing else uses.
     noise = None
@@ -356,7 +357,8 @@ def update(model, optimizer, rollout: Rollout, advantages, cfg, compare=False):
         multipliers = credit.token_weights(cfg.credit, signals, cfg.sharpening)  # (B, T)
     signals = with_room(signals, needed)
 
-    # 2. Rows of advantage 0 have no gradient, unless KL is penalised: they are only measured.
+    # 2. Rows of advantage 0 count in B, but have no gradient unless KL is penalised: they are only
+    # measured.
     has_gradient = (advantages != 0) | (cfg.kl_coef > 0)  # (B,)
     has_gradient &= optimizer is not None
     cut = partial(split, rollout, budget=cfg.micro_batch_tokens, device=model.device)

@@ -49,8 +49,9 @@ def add_prompts(problem: dict, tokenizer) -> dict:
 PROBLEM = ("problem", "question", "query", "prompt", "user")
 GOLD = ("gold", "answer", "final_answer", "expected_answer", "ground_truth", "solution")
 GOLD += ("response", "completion", "assistant")
-# Several sentences, lines of equations, or ten words: more than the answer to a problem.
-SOLUTION = re.compile(r"[.!?]\s+[A-Z]|=[^\n]*\n[^\n]*=|(?:[^\W\d_]{2,}[^\w\\]+){10}")
+# A sentence or several, lines of equations, or ten words: more than the answer to a problem.
+SOLUTION = r"[.!?]\s+[A-Z]|=[^\n]*\n[^\n]*=|(?:[^\W\d_]{2,}[^\w\\]+){10}"
+SOLUTION = re.compile(SOLUTION + r"|(?:[^\W\d_]{2,}[^\w\\]+){3}.*\.\s*$")
 
 
 def columns(row: dict) -> dict:
@@ -104,10 +105,10 @@ def as_problem(row: dict, where: str) -> dict:
         if isinstance(text, str) and text.strip() and gold is not None:
             row = {key: value for key, value in row.items() if key not in ("prompt", "negative")}
             return row | dict(problem=text, answer=gold)
-    wanted = "`problem`, and `answer` or a boxed `solution`"
-    raise UserError(
-        f"{where} is not a problem: it needs {wanted}, and has {names_of(row)}: rename these"
-    )
+    known = [", ".join(names) for names in (PROBLEM, GOLD)]
+    wanted = f"text in one of {known[0]}, and an answer in one of {known[1]}"
+    said = f"{where} is not a problem: it needs {wanted}; it has {names_of(row)}"
+    raise UserError(f"{said}: rename or fill these")
 
 
 def names_of(row) -> str:
@@ -152,7 +153,7 @@ def load_problems(source: str, split="train") -> list[dict]:
         rows = data_rows(path)
     else:
         raise UserError(
-            f"no data {source}: give a data file, or one of {', '.join([*NAMED, *HUB])}"
+            f"no data {source}: give --data a file, or one of {', '.join([*NAMED, *HUB])}"
         )
     return with_golds([as_problem(row, where) for row, where in rows], source)
 

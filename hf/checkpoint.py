@@ -102,7 +102,8 @@ def checkpoint_folder(path_or_id, revision=None) -> Path:
     if is_hub_id(name):
         return hub_model(name, revision)
     if not Path(name).is_dir():
-        raise UserError(f"no model folder {name}: give one, or a Hub id such as Qwen/Qwen3-0.6B")
+        way = "give another --model, or a Hub id such as Qwen/Qwen3-0.6B"
+        raise UserError(f"no model folder {name}: {way}")
     check_layout(Path(name))
     return Path(name)
 

@@ -27,7 +27,7 @@ FLAGS = {  # name: (default, help)
     "adapter": ("", "a PEFT adapter: its folder, that of a run, or a Hub id"),
     "data": ("tiny", "tiny, math, math500, gsm8k or a file (JSONL, JSON, CSV, parquet)"),
     "system": ("", "with --chat: what the system's message says; default: the template's own"),
-    "thinking": ("", "with --chat, of Qwen3: on or off"),
+    "thinking": ("", "with --chat: what Qwen3's template calls enable_thinking"),
     "device": ("auto", "auto, cpu, cuda, cuda:1, ..."), "seed": (1, "of everything that is random"),
     "dtype": ("auto", "of the frozen weights: fp32, bf16, or auto (fp32 on CPU)"),
 }  # fmt: skip

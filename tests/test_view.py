@@ -99,7 +99,8 @@ def make_run(folder, rewards=(), evals=(), **settings):
     """A run with these rewards at step 1, 2, ...; evaluated at the steps of evals."""
     folder.mkdir(parents=True)
     config = dict(credit="arca", seed=1, steps=3, prompts=2, samples=2, out=str(folder)) | settings
-    (folder / "config.json").write_text(json.dumps(dict(settings=config)))
+    digests = dict(model="a1", data="b2")
+    (folder / "config.json").write_text(json.dumps(dict(settings=config, digests=digests)))
     rows = [step_row(step, reward) for step, reward in enumerate(rewards, 1)]
     evals = [eval_row(step, rate) for step, rate in dict(evals).items()]
     for name, found in (("metrics.jsonl", rows), ("evals.jsonl", evals)):
@@ -222,7 +223,8 @@ def two_rules(folder):
     """A sweep: two seeds of arca, one of uniform with a step that was skipped, and the folder of a
     base model, which was not trained."""
     make_run(folder / "a1", [0.1, 0.2, 0.6], {0: 0.4, 3: 0.6})
-    make_run(folder / "a2", [0.3, 0.4], {0: 0.5}, seed=2, chat=False)
+    moved = dict(model="/elsewhere", data="other.jsonl", save_every=5)
+    make_run(folder / "a2", [0.3, 0.4], {0: 0.5}, seed=2, chat=False, **moved)
     make_run(folder / "u1", [0.5, None, 0.7], {0: 0.4, 3: 0.8}, credit="uniform")
     (folder / "base").mkdir()
     (folder / "base" / "answers.jsonl").write_text("{}\n")

@@ -10,6 +10,7 @@ import os
 import re
 from pathlib import Path
 
+from run.checkpoints import CHANGEABLE, INPUTS
 from run.folder import mean, outcome, spread, thin
 from system.errors import UserError
 from system.files import NUMBERS, checked, each_row, is_number, read_json, read_rows
@@ -17,6 +18,7 @@ from view.samples import clean
 
 POINTS = 200  # of a curve at most; a point of a longer one is the mean of several steps
 MOST = 10  # lines in a legend
+FREE = ("seed", *CHANGEABLE.split())  # settings in which the runs of a line may differ
 PANELS = {  # what is drawn by step: (title, the end of its axis if it is fixed)
     "reward": ("Train reward", 1),
     "entropy": ("Entropy, nats a token", None),
@@ -75,8 +77,9 @@ def read_run(folder) -> dict:
     """Return what a run has left so far, of its steps only what is shown; UserError names a file
     that is damaged, and the line."""
     path = folder / "config.json"
-    config = checked(read_json(path), path, settings=dict) if path.exists() else {}
-    settings = config.get("settings", {})
+    config = read_json(path) if path.exists() else {}
+    config = checked(config, path, settings=dict, digests=dict)
+    settings, digests = (config.get(name, {}) for name in ("settings", "digests"))
     sizes = [settings.get(name) for name in ("prompts", "samples")]
     completions = math.prod(sizes) if all(is_number(x, 1) for x in sizes) else math.nan
     history = []
@@ -85,16 +88,19 @@ def read_run(folder) -> dict:
         history.append({key: row[key] for key in ("step", "skipped", *PANELS)})
     name = clean(folder.resolve().name)
     evals = read_rows(folder / "evals.jsonl")
-    return dict(name=name, folder=folder, settings=settings, history=history, evals=evals)
+    found = dict(name=name, folder=folder, settings=settings, digests=digests)
+    return found | dict(history=history, evals=evals)
 
 
 # ---- Lines ---------------------------------------------------------------------------------------
 def by_seed(runs) -> list[list[dict]]:
-    """Return lists of the runs whose settings are equal but for their seed and folder."""
+    """Return lists of the runs that are equal but for their seed and what changes no number."""
     groups = {}
     for run in runs:
-        free = ("seed", "out")  # what is empty or 0 was no setting yet when older runs were made
-        same = {key: x for key, x in run["settings"].items() if x and key not in free}
+        # What is empty or 0 was no setting yet when older runs were made.
+        same = {key: x for key, x in run["settings"].items() if x and key not in FREE}
+        if run["digests"]:  # say what the inputs are, wherever they lie
+            same = {key: x for key, x in same.items() if key not in INPUTS} | run["digests"]
         key = json.dumps(same, sort_keys=True) if same else str(run["folder"])
         groups.setdefault(key, []).append(run)
     return list(groups.values())
@@ -114,7 +120,7 @@ def labels(groups) -> list[str]:
     differ = []
     for name in dict.fromkeys(name for each in known for name in each):
         values = {json.dumps(each.get(name) or None) for each in known}
-        if len(values) > 1 and name not in ("credit", "seed", "out"):
+        if len(values) > 1 and name not in ("credit", *FREE):
             differ.append(name)
     found = []
     for group, each in zip(groups, settings, strict=True):
