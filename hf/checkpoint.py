@@ -29,7 +29,8 @@ DEFAULTS = dict(rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False)
 # The numbers of Llama 3's rope scaling, as in Config.
 LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 OURS = Path(__file__).parent.parent / "data"
-NAMED = {"tiny": OURS / "tiny"}  # our own checkpoints; each folder holds its problems, too
+# Our own checkpoints; each folder holds its problems, too.
+NAMED = {name: OURS / name for name in ("tiny", "slips")}
 ADAPTER = "adapter_config.json"
 EMBEDDING = "model.embed_tokens.weight"
 SETTINGS = ["config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"]
