@@ -298,18 +298,21 @@ def test_what_has_not_happened_yet(monkeypatch, capsys, tmp_path):
 
 
 def test_many_lines_and_many_steps(tmp_path, monkeypatch, capsys):
-    """A legend of 17 lines; a rule that has another colour beside other rules; a page as large as
-    the run is long, of steps or of samples."""
+    """A legend of 22 lines, or of eleven rules; a rule that has another colour beside other rules;
+    a page as large as the run is long, of steps or of samples."""
     for rank in range(1, 13):
         make_run(tmp_path / "many" / f"a{rank}", [0.5], rank=rank)
-    for rule in ("uniform", "mine"):
+    others = sorted(["mine", "uniform", "delta", "eapo", "forking", "gcpo", "random", "divergence",
+                     "permuted", "surprisal"])  # fmt: skip
+    for rule in others:
         make_run(tmp_path / "many" / rule, [0.5], credit=rule)
     runs = [curves.read_run(folder) for folder in curves.find_runs([tmp_path / "many"])]
     lines, every = curves.make_lines(runs)
     found = dict(curves.choices(lines))
-    assert list(found) == ["the first line of each rule", "arca 1 to 10", "arca 11 to 12",
-                           "mine 1 to 1", "uniform 1 to 1"]  # fmt: skip
-    assert sorted(i for members in list(found.values())[1:] for i in members) == list(range(14))
+    firsts = ["first lines of the rules 1 to 10", "first lines of the rules 11 to 11"]
+    alone = [f"{rule} 1 to 1" for rule in others]
+    assert list(found) == [*firsts, "arca 1 to 10", "arca 11 to 12", *alone]
+    assert sorted(i for members in list(found.values())[2:] for i in members) == list(range(22))
     for members in found.values():  # colour and dashes tell them apart
         assert len({(lines[i]["colour"], lines[i]["style"]) for i in members}) == len(members) <= 10
     alone = curves.make_lines([run for run in runs if run["name"] == "uniform"])[0]

@@ -207,11 +207,12 @@ def choices(lines) -> list[tuple[str, list[int]]]:
     rules = {}
     for i, line in enumerate(lines):
         rules.setdefault(line["rule"] or "unknown rule", []).append(i)
-    found = [("the first line of each rule", [members[0] for members in rules.values()])]
-    for rule, members in rules.items():
+    found = []
+    one_each = {"first lines of the rules": [members[0] for members in rules.values()]}
+    for name, members in (one_each | rules).items():
         for start in range(0, len(members), MOST):
             part = members[start : start + MOST]
-            found.append((f"{rule} {start + 1} to {start + len(part)}", part))
+            found.append((f"{name} {start + 1} to {start + len(part)}", part))
     return found
 
 
