@@ -296,10 +296,10 @@ def grpo_config(cfg, rows, vllm):
     )
 
 
-def policy(cfg, adapter, config):
+def policy(folder, cfg, adapter, config):
     """Return the model, and what adapter TRL is to add to it: none if it has one already."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     if not adapter:
         how = dict(target_modules="all-linear", task_type="CAUSAL_LM")
         return model, LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, **how)
@@ -353,19 +353,20 @@ def main():
     disable_progress_bar()
     # First of all: here the processes meet, and ZeRO-3 learns that it is to load the model.
     config = grpo_config(cfg, args.rows, args.vllm)
-    tokenizer = load_text(cfg, checkpoint_folder(cfg.model))
+    folder = checkpoint_folder(cfg.model)
+    tokenizer = load_text(cfg, folder)
     train, held_out, left_out, _ = load_split(cfg, tokenizer)
     if processes.rank() == 0:
         print(f"{cfg.credit} on {cfg.model}, by TRL: {left_out}", flush=True)
     if held_out and not args.skip_eval:
         evaluate_adapter(cfg, args.adapter, held_out, 0)
-    model, lora = policy(cfg, args.adapter, config)
+    model, lora = policy(folder, cfg, args.adapter, config)
     trainer = CreditGRPOTrainer(
         model,
         reward,
         config,
         data_set(train, tokenizer, cfg),
-        processing_class=AutoTokenizer.from_pretrained(cfg.model, padding_side="left"),
+        processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
         peft_config=lora,
         callbacks=[Show()],
         credit=cfg.credit,
