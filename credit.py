@@ -139,9 +139,12 @@ def random(signals: Signals, power):
 
 
 # ---- Rules with a normalisation of their own; the sharpening does not touch them -----------------
+# AdamW removes a factor that all multipliers share, but --kl-coef and --max-grad-norm are absolute:
+# they weigh otherwise beside a rule whose mean is not one (gcpo_linear 0.5, forking 0.2).
 def gcpo_linear(signals: Signals, power):
-    """GCPO as its paper has it (arXiv 2605.29198, section 3): the share of the completion's tokens
-    with a smaller contrast, in [0, 1). Its mean is about a half, not one."""
+    """The transform of GCPO's paper (arXiv 2605.29198, section 3) on the contrast of its code: the
+    share of the completion's tokens with a smaller k3, in [0, 1), mean about a half. (The paper's
+    contrast is the KL over the whole vocabulary.)"""
     rank = rank_within_row(contrast(signals), signals.mask)
     return (rank - 1) / lengths(signals.mask) * signals.mask
 

@@ -1,7 +1,7 @@
 """Does a credit rule pay the tokens that decide the outcome? Measured against sampled truth.
 
     python experiments/oracle.py measure    # every rule against the truth, early and late in a run
-    python experiments/oracle.py train      # what perfect credit would buy: it as the weight
+    python experiments/oracle.py train      # the size of the true credit as the weight
     python experiments/oracle.py draw       # the tables and figures again, from the results
 
 Both take minutes on two cores and say how long is left; --preset quick is a miniature of both.
@@ -9,22 +9,16 @@ Both take minutes on two cores and say how long is left; --preset quick is a min
 **Measures**, over completions of problems with right and wrong ones (no others teach anything), one
 of each a problem, with 95 % intervals from resampling problems:
 
-- `corr`: Spearman's correlation of a completion's weights with |delta|. It flatters a rule that
-  pays uncertain tokens, which have more of both, delta and noise; `corr_noise`, against |e|, says
-  how much noise alone would give it. `corr_halves` is against delta_a delta_b, which noise makes
-  positive as often as negative: noise alone gives 0, and beside a truth lowers it.
-- `top`: the share of the credit on the tenth of the tokens with the largest |delta|; `top_halves`
-  and `top_noise` likewise. By chance it is a tenth, and a little more in short completions.
-- `agreement`: the policy gradient is sum_t delta_t grad log pi(y_t), and the rule's is A sum_t m_t
-  grad log pi(y_t). If the gradients of tokens had one length and were orthogonal, the cosine of the
-  two would be that of their coefficients. So with u_t = sign(A) m_t / ||m|| (how much a completion
-  counts is not the rule's affair) it is sum u delta / sqrt(n sum delta_a delta_b), over all tokens
-  of n completions: in [-1, 1] but for noise, which is in the denominator averaged out. No weights
-  reach 1 that are not negative, since right completions have tokens with delta < 0; `true_side`,
-  with weights max(0, sign(A) delta), is the most that they can reach.
-- `agreement_logits`: the same, with token gradients as long as those for the logits: in L1 that is
-  2 (1 - pi(y_t)). A token that was next to certain has next to no gradient, so whatever a rule pays
-  it hardly matters: this is nearer to what an update does, and kinder to uniform.
+- `top`: the share of the credit on the tenth of the tokens with the largest |delta|. By chance it
+  is a tenth, and a little more in short completions. Noise moves tokens into that tenth, so its
+  size is measured too (`noise_rms`).
+- `corr_halves`: Spearman's correlation of a completion's weights with delta_a delta_b, of two
+  halves of the continuations. |delta| would flatter a rule that pays uncertain tokens, which have
+  more noise; the product is without that bias: noise makes it positive as often as negative. But
+  beside a truth noise lowers the correlation, and more so for weights without ties: of a mask, such
+  as forking's, and of a smooth rule it should not be compared.
+
+Neither is the value of an update: experiments/first_order.py measures that.
 """
 
 import multiprocessing
@@ -92,21 +86,13 @@ def share_on_top(m, x, mask):
     return (m * (above + tied * part)).sum(1) / m.sum(1).clamp(min=1e-12)
 
 
-def score(m, delta, sign, mask, steep, halves=None):
-    """What the weights m (b, T) of completions achieve against delta (b, T): (b,)s by name; steep
-    (b, T) is how long each token's gradient for the logits is. With halves (2, b, T) also against
-    their product, and against their difference, which is noise."""
-    against = {"": delta.abs()}
+def score(m, delta, mask, halves=None):
+    """What the weights m (b, T) of completions achieve against delta (b, T): (b,)s by name; with
+    halves (2, b, T) also against their product."""
+    found = dict(gini=credit.gini(m, mask), ratio=credit.effective_token_ratio(m, mask))
+    found["top"] = share_on_top(m, delta.abs(), mask)
     if halves is not None:
-        against |= dict(_halves=halves.prod(0), _noise=halves.diff(dim=0)[0].abs())
-    found = {}
-    for end, g in (("", torch.ones_like(steep)), ("_logits", steep)):
-        size = (m * g).norm(dim=1).clamp(min=1e-12)
-        found["along" + end] = sign * (m * delta * g**2).sum(1) / size
-    for end, x in against.items():
-        found["corr" + end] = rank_correlation(m, x, mask)
-        found["top" + end] = share_on_top(m, x, mask)
-    found.update(gini=credit.gini(m, mask), ratio=credit.effective_token_ratio(m, mask))
+        found["corr_halves"] = rank_correlation(m, halves.prod(0), mask)
     return found
 
 
@@ -120,11 +106,8 @@ def score_rules(rollout, signals, classes, rows, V):
     classes = classes[rows, :T]
     mean = delta.mean(0)  # (b, T)
     noise = delta.diff(dim=0)[0] / 2
-    sign = 2 * right - 1
     about = dict(right=right, tokens=mask.sum(1), prompt_value=V[:, :, 0].mean(0))
-    steep = (1 - signals.logp[rows, :T].exp()) * mask  # half the gradient for the logits, in L1
     about.update(size=delta.prod(0).sum(1), noise=(noise**2).sum(1))
-    about["size_logits"] = (delta.prod(0) * steep**2).sum(1)
     about["chance"] = share_on_top(mask.float(), mean.abs(), mask)
     for i, name in enumerate(CLASSES):
         inside = mask & (classes == i)
@@ -133,11 +116,9 @@ def score_rules(rollout, signals, classes, rows, V):
     for name in credit.METHODS:
         for power in (1, 2):
             multipliers = credit.token_weights(name, signals, power)[rows, :T]
-            rules[f"{name}/{power}"] = score(multipliers, mean, sign, mask, steep, delta)
-    side = (sign[:, None] * delta).clamp(min=0)
-    for name, weights in (("true", delta.abs()), ("true_side", side)):
-        two = [score(weights[i], delta[1 - i], sign, mask, steep) for i in (0, 1)]
-        rules[f"{name}/1"] = {key: (two[0][key] + two[1][key]) / 2 for key in two[0]}
+            rules[f"{name}/{power}"] = score(multipliers, mean, mask, delta)
+    two = [score(delta[i].abs(), delta[1 - i], mask) for i in (0, 1)]  # one half's, on the other's
+    rules["true/1"] = {key: (two[0][key] + two[1][key]) / 2 for key in two[0]}
     plain = lambda group: {key: x.tolist() for key, x in group.items()}  # noqa: E731
     return dict(about=plain(about), rules={name: plain(x) for name, x in rules.items()})
 
@@ -183,7 +164,7 @@ def make_run():
     return train_run(RUN, *new, "--eval-problems", "200", "--eval-samples", "0")
 
 
-# ---- What perfect credit would buy ---------------------------------------------------------------
+# ---- The size of the true credit as weights ------------------------------------------------------
 
 
 def true_weights(model, rollout, advantages, cfg, eos_ids, grade, n, step, signed):

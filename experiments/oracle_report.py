@@ -1,15 +1,14 @@
 """The numbers, tables and figures of experiments/oracle.py, from its scored completions."""
 
-import math
 import re
 
 import numpy as np
 
+from experiments.stats import crossed
 from run.metrics import CLASSES
 from system.files import to_json
 
 ARMS = ("uniform", "arca", "true", "true_signed")  # of training; the first is compared with
-T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's, by n
 
 # ---- Numbers with intervals ----------------------------------------------------------------------
 
@@ -30,10 +29,6 @@ def mean_of(total, count):
     return total / count
 
 
-def cosine(along, count, size):
-    return along / np.sqrt(count * np.maximum(size, 1e-12))
-
-
 def summarise(about, rules):
     """What these completions (lists by key) say about every rule: [estimate, low, high] each."""
     about, groups = {k: np.array(v) for k, v in about.items()}, about["group"]
@@ -52,14 +47,7 @@ def summarise(about, rules):
         if name.endswith("/2") and len(set(about["right"])) == 1:
             continue  # sharpening 2 for all of them only: the file stays small
         x = {key: np.array(values) for key, values in row.items()}
-        out = {key: mean(x[key]) for key in x if "along" not in key}
-        out["top_above_chance"] = mean(x["top"] - about["chance"])
-        for end in ("", "_logits"):
-            size, along = about["size" + end], x["along" + end]
-            gain = along - np.array(rules["uniform/1"]["along" + end])
-            for key, values in (("", along), ("_above_uniform", gain)):
-                out[f"agreement{end}{key}"] = bootstrap([values, one, size], groups, cosine)
-        found["rules"][name] = out
+        found["rules"][name] = {key: mean(values) for key, values in x.items()}
     return found
 
 
@@ -77,10 +65,9 @@ def by_side(batches):
 
 
 def student(values):
-    """The mean of one number a seed, and the ends of its 95 % interval (Student's t)."""
-    x = np.array(values, dtype=float)
-    spread = T975[len(x)] * x.std(ddof=1) / math.sqrt(len(x))
-    return [round(float(v), 4) for v in (x.mean(), x.mean() - spread, x.mean() + spread)]
+    """The mean of one number a seed, and the ends of its 95 % interval."""
+    e = crossed(np.array(values, dtype=float)[:, None])
+    return [round(x, 4) for x in (e.mean, e.low, e.high)]
 
 
 def compare_arms(runs):
@@ -115,21 +102,11 @@ def print_measured(measured, p):
             n = f"{found['completions']} completions of {found['problems']} problems"
             rms = f"rms of delta {found['delta_rms']:.4f}, of its noise {found['noise_rms']:.4f}"
             print(f"\nstep {step}, {side}: {n}; {rms}; chance {found['chance'][0]:.3f}")
-            heads = (
-                "corr with |delta|",
-                "of noise",
-                "with halves",
-                "top tenth",
-                "with halves",
-                "agreement",
-                "agreement in logits",
-                "Gini",
-            )
+            heads = ("Gini", "decisive tenth", "rank correlation")
             print(f"{f'sharpening {p}':18}" + "".join(f"{x:>24}" for x in heads))
             for name, x in found["rules"].items():
                 if name.endswith(f"/{p}"):
-                    keys = ("corr", "corr_noise", "corr_halves", "top", "top_halves", "agreement")
-                    keys += ("agreement_logits", "gini")
+                    keys = ("gini", "top", "corr_halves")
                     cells = [cell(x[key]) if key in x else "" for key in keys]
                     print(f"{name[:-2]:18}" + "".join(f"{text:>24}" for text in cells))
 
@@ -147,10 +124,9 @@ def draw_measured(measured, path):
     """A row of panels a checkpoint: the measures of every rule, right and wrong apart."""
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(12, 4.1 * len(measured)), dpi=150, layout="constrained")
-    axes = fig.subplots(len(measured), 4, squeeze=False, sharey=True, sharex="col")
-    titles = dict(corr="rank correlation with |delta|", top="credit on the decisive tenth")
-    titles |= dict(agreement="agreement", agreement_logits="agreement in logits")
+    fig = Figure(figsize=(8, 4.1 * len(measured)), dpi=150, layout="constrained")
+    axes = fig.subplots(len(measured), 2, squeeze=False, sharey=True, sharex="col")
+    titles = dict(top="credit on the decisive tenth", corr_halves="rank correlation with delta")
     for line, (step, sides) in zip(axes, measured.items(), strict=True):
         for ax, key in zip(line, titles, strict=True):
             for side, colour, marker, shift in (
@@ -159,15 +135,11 @@ def draw_measured(measured, path):
             ):
                 rules = {n[:-2]: x for n, x in sides[side]["rules"].items() if n.endswith("/1")}
                 at = np.arange(len(rules)) + shift
-                x = np.array([row[key] for row in rules.values()]).T
+                x = np.array([row.get(key, [np.nan] * 3) for row in rules.values()]).T
                 spread = np.maximum(0, [x[0] - x[1], x[2] - x[0]])
                 ax.errorbar(
                     x[0], at, xerr=spread, fmt=marker, color=colour, ms=4, lw=1.2, label=side
                 )
-                if key in ("corr", "top"):
-                    halves = [row.get(f"{key}_halves", [math.nan])[0] for row in rules.values()]
-                    label = f"{side}, against the product of halves"
-                    ax.plot(halves, at, marker, mfc="none", mec=colour, ms=4, label=label)
                 ax.set_yticks(range(len(rules)), rules, fontsize=8)
             ax.axvline(sides["both"]["chance"][0] if key == "top" else 0, color="#888888", lw=0.8)
             ax.set_title(f"step {step}: {titles[key]}", fontsize=9)

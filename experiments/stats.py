@@ -10,8 +10,6 @@ from functools import cache
 
 import numpy as np
 
-DRAWS = 10_000  # of the bootstrap
-
 
 @dataclass
 class Estimate:
@@ -82,28 +80,6 @@ def crossed(x) -> Estimate:
     df = min(max(df, 1.0), 1e5)
     spread = t_quantile(df) * math.sqrt(variance)
     return Estimate(mean, mean - spread, mean + spread, t_tail(mean / math.sqrt(variance), df), S)
-
-
-@cache
-def resamples(S, P):
-    """How often each seed (DRAWS, S) and each problem (DRAWS, P) is drawn, with replacement; always
-    the same draws. One of a kind is always drawn once."""
-    rng = np.random.default_rng(0)
-    return [rng.multinomial(n, [1 / n] * n, size=DRAWS).astype(np.float32) for n in (S, P)]
-
-
-def bootstrap_p(x):
-    """Two-sided p of the mean of x (S, P) being 0, by drawing seeds and problems anew (Owen,
-    Annals of Applied Statistics 1, 2007, 386-411): twice the share of draws on the other side.
-
-    With few seeds it is too sure of itself, since n draws of n vary by (n - 1) / n of what they
-    should: `crossed` is the one to go by.
-    """
-    x = np.asarray(x, dtype=np.float32)
-    seeds, problems = resamples(*x.shape)
-    sums = ((seeds @ x) * problems).sum(axis=1)  # (DRAWS,)
-    sides = min((sums <= 1e-6).sum(), (sums >= -1e-6).sum())
-    return min(1.0, 2 * (int(sides) + 1) / (DRAWS + 1))
 
 
 def holm(ps):

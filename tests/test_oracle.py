@@ -138,32 +138,25 @@ def test_continuations_count_for_what_they_pass_and_no_more():
 
 
 def test_measures_by_hand():
-    """A sign, a normalisation or a mask that is wrong would rank the rules wrongly."""
+    """A normalisation or a mask that is wrong would rank the rules wrongly."""
     mask = torch.tensor([[1, 1, 1, 1, 0]]).bool()
     delta = torch.tensor([[0.0, -0.6, 0.8, 0.0, 0.0]])
-    m = torch.tensor([[1.0, 0.0, 3.0, 0.0, 0.0]])
+    m = torch.tensor([[1.0, 0.0, 3.0, 0.0, 9.0]])
     halves = torch.stack([delta + 0.1, delta - 0.1])  # they differ by the same everywhere
-    steep = torch.tensor([[0.5, 1.0, 0.5, 1.0, 0.0]])
-    for sign in (1.0, -1.0):
-        x = score(m, delta, torch.tensor([sign]), mask, steep, halves)
-        assert x["along"].item() == pytest.approx(sign * 2.4 / 10**0.5, abs=1e-6)
-        # (3 x 0.8 x 0.25) / sqrt(0.25 + 2.25)
-        assert x["along_logits"].item() == pytest.approx(sign * 0.6 / 2.5**0.5, abs=1e-6)
-        assert x["top"].item() == pytest.approx(0.75)
-        assert x["top_halves"].item() == pytest.approx(0.75)  # 0.9 x 0.7 is the largest product
+    x = score(m * mask, delta, mask, halves)
+    assert x["top"].item() == pytest.approx(0.75)
+    # Ranks 3, 1.5, 4, 1.5 of m, and 1.5, 3, 4, 1.5 of -0.01, 0.35, 0.63, -0.01: 2.25 / 4.5.
+    assert x["corr_halves"].item() == pytest.approx(0.5)
 
 
-def test_noise_alone_scores_nothing_against_halves():
+def test_noise_alone_has_no_rank_correlation():
     """Where nothing is decided, a rule that pays the tokens that are noisiest must get 0: against
-    |delta| it gets 1."""
+    |delta| it would get 0.6."""
     rng = torch.Generator().manual_seed(0)
     spread = torch.arange(1, 31).expand(2000, 30) / 30.0
     halves = torch.randn(2, 2000, 30, generator=rng) * spread
-    mask, sign = torch.ones(2000, 30).bool(), torch.ones(2000)
-    x = score(spread, halves.mean(0), sign, mask, spread, halves)
-    x = {key: value.mean().item() for key, value in x.items()}
-    assert x["corr"] > 0.4 and abs(x["corr_noise"] - x["corr"]) < 0.02
-    assert abs(x["corr_halves"]) < 0.02 and abs(x["along"]) < 0.02
+    x = score(spread, halves.mean(0), torch.ones(2000, 30).bool(), halves)
+    assert abs(x["corr_halves"].mean().item()) < 0.02
 
 
 def test_ties_for_the_last_place_count_in_part():
@@ -174,15 +167,6 @@ def test_ties_for_the_last_place_count_in_part():
     m = torch.arange(20.0)[None]
     rest = m[0, :19].mean()  # one more place, for any of the others
     assert share_on_top(m, x, mask).item() == pytest.approx(float((19 + rest) / m.sum()))
-
-
-def test_agreement_with_oneself_is_one():
-    """The truth as its own weights, without noise and with one sign, has cosine 1, and a completion
-    in which it is all the other way round -1."""
-    along = np.array([2.0, 2.0])  # sum u delta, with u = delta / |delta| and |delta| = 2
-    size, one = np.array([4.0, 4.0]), np.ones(2)
-    estimate = oracle_report.bootstrap([along, one, size], [0, 1], oracle_report.cosine)
-    assert estimate == [1.0, 1.0, 1.0]
 
 
 def test_bootstrap_resamples_problems():
@@ -196,11 +180,6 @@ def test_bootstrap_resamples_problems():
     twice = [np.repeat(x, 5), np.repeat(one, 5)]
     again = oracle_report.bootstrap(twice, np.repeat(groups, 5), oracle_report.mean_of)
     assert again[1:] == [low, high]
-
-
-def test_students_interval():
-    """Against a worked example: 1, 2, 3, 4 has mean 2.5, s = 1.29099, t = 3.182."""
-    assert oracle_report.student([1, 2, 3, 4]) == [2.5, 0.446, 4.554]
 
 
 def test_one_right_and_one_wrong_of_each_mixed_problem():
