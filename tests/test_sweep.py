@@ -314,6 +314,19 @@ def test_bootstrap_against_all_resamples():
     assert stats.bootstrap_p(np.zeros((2, 3))) == 1
 
 
+def test_ratio():
+    """The ends of a ratio's interval are where x - r y can just not be told from 0: an interval of
+    the quotients' mean, or one that forgets how x and y vary together, has others."""
+    rng = np.random.default_rng(0)
+    y = rng.normal(2, 0.3, size=(5, 1))
+    x = y + rng.normal(0, 0.3, size=(5, 1))
+    e = stats.ratio(x, y)
+    assert e.low < e.mean < e.high
+    for end in (e.low, e.high):
+        assert stats.crossed(x - end * y).p == pytest.approx(0.05, abs=1e-4)
+    assert math.isnan(stats.ratio(x, y - 2).low)  # y could be 0
+
+
 def test_holm():
     """By hand: 0.01 x 3, 0.03 x 2, and 0.04 may not be below the one before it."""
     found = stats.holm([0.01, 0.04, math.nan, 0.03])
