@@ -314,6 +314,13 @@ def test_bootstrap_against_all_resamples():
     assert stats.bootstrap_p(np.zeros((2, 3))) == 1
 
 
+def test_holm():
+    """By hand: 0.01 x 3, 0.03 x 2, and 0.04 may not be below the one before it."""
+    found = stats.holm([0.01, 0.04, math.nan, 0.03])
+    assert found[:2] + found[3:] == pytest.approx([0.03, 0.06, 0.06])
+    assert math.isnan(found[2]) and stats.holm([0.7, 0.9]) == [1.0, 1.0]
+
+
 def test_ratio():
     """The ends of a ratio's interval are where x - r y can just not be told from 0: an interval of
     the quotients' mean, or one that forgets how x and y vary together, has others."""
@@ -325,13 +332,6 @@ def test_ratio():
     for end in (e.low, e.high):
         assert stats.crossed(x - end * y).p == pytest.approx(0.05, abs=1e-4)
     assert math.isnan(stats.ratio(x, y - 2).low)  # y could be 0
-
-
-def test_holm():
-    """By hand: 0.01 x 3, 0.03 x 2, and 0.04 may not be below the one before it."""
-    found = stats.holm([0.01, 0.04, math.nan, 0.03])
-    assert found[:2] + found[3:] == pytest.approx([0.03, 0.06, 0.06])
-    assert math.isnan(found[2]) and stats.holm([0.7, 0.9]) == [1.0, 1.0]
 
 
 # ---- Tables --------------------------------------------------------------------------------------
