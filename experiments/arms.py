@@ -212,22 +212,27 @@ def by_seed(rows, metric, arms):
     return [np.array([[found[arm][seed]] for seed in seeds]) for arm in arms]
 
 
+def shown(e):
+    """An estimate as text, with the number of seeds if some are missing."""
+    return said(e) if e.seeds == len(SEEDS) else f"{said(e)}, n = {e.seeds}"
+
+
 def level(rows, metric, arm):
     """The mean of an arm over its seeds, with its interval, as text."""
     (x,) = by_seed(rows, metric, [arm])
-    return said(crossed(x)) if len(x) else "-"
+    return shown(crossed(x)) if len(x) else "-"
 
 
 def gap(rows, metric, arm, other):
     """An arm minus another, over the seeds of both, as text."""
     x, y = by_seed(rows, metric, [arm, other])
-    return said(crossed(x - y)) if len(x) else "-"
+    return shown(crossed(x - y)) if len(x) else "-"
 
 
 def share(rows, part, whole):
     """The share that the gap of two arms is of that of two others, in mean reward, as text."""
     a, b, c, d = by_seed(rows, "reward", [*part, *whole])
-    return said(ratio(a - b, c - d)) if len(a) else "-"
+    return shown(ratio(a - b, c - d)) if len(a) else "-"
 
 
 def tables(rows):
@@ -241,12 +246,11 @@ def tables(rows):
         part = ("uniform", arm) if arm == "answer_only" else (arm, "arca")
         line = [arm, level(rows, "reward", arm), level(rows, "late", arm)]
         line += [gap(rows, "reward", arm, other) for other in loss]
-        lines.append([*line, "-" if arm in loss else share(rows, part, loss)])
+        line.append("-" if arm in loss else share(rows, part, loss))
+        lines.append([*line, gap(rows, "greedy", arm, "uniform")])
     heads = ["arm", "mean reward", "of the last ten", "minus uniform's", "minus ARCA's"]
-    title = (
-        "Table 1. ARCA (sharpening 2) changed: the share of its loss given back, or brought about"
-    )
-    causal = table(title, [*heads, "share"], lines)
+    title = "ARCA (sharpening 2) changed: the share of its loss given back, or brought about"
+    causal = table(title, [*heads, "share", "greedy minus uniform's"], lines)
 
     # Noise or bias.
     lines = [["ARCA minus uniform, 16 problems a step", gap(rows, "reward", "arca", "uniform")]]
