@@ -31,17 +31,15 @@ import torch
 from tqdm import tqdm
 
 import credit
-from data.problems import load_split, problems_of_step
-from eval_math import evaluate
+from data.problems import problems_of_step
+from experiments.arms import train_arm
 from experiments.oracle_report import as_text, by_side, compare_arms, draw
 from experiments.truth import all_signals, grader, open_run, prefix_values, train_run
-from grpo import group_advantages, sample_rollout, sampled_signals, update
-from lora import add_lora, lora_parameters
-from run.flags import load_base
+from grpo import sample_rollout
 from run.metrics import CLASSES, rank_correlation, step_classes
 from system import files
 from system.errors import Parser, UserError, run_cli
-from train import Settings, lr_at
+from train import Settings
 
 ROOT = Path(__file__).parent.parent
 RUN = str(ROOT / "runs/oracle-arca")
@@ -167,52 +165,13 @@ def make_run():
 # ---- The size of the true credit as weights ------------------------------------------------------
 
 
-def true_weights(model, rollout, advantages, cfg, eos_ids, grade, n, step, signed):
-    """Multipliers (B, T) in proportion to |delta|; signed: to delta itself, for every advantage."""
-    mask = sampled_signals(rollout, advantages).mask
-    rows = advantages.nonzero()[:, 0]
-    multipliers = mask.float()
-    if len(rows):
-        V, _ = prefix_values(model, rollout, rows, cfg, eos_ids, grade, n, 2, step)
-        delta = V.mean(0).diff(dim=1)  # (b, t), of the longest of these rows
-        T = delta.shape[1]
-        multipliers[rows, :T] = credit.normalize_scores(delta.abs(), mask[rows, :T], 1)
-        if signed:
-            multipliers[rows, :T] *= delta.sign() * advantages[rows, None].sign()
-    return multipliers
-
-
-def train_arm(job):
+def train_job(job):
     """Train with one rule and one seed: the reward of each step and the greedy accuracy after."""
     arm, seed, how = job
     cfg = Settings(credit=arm, seed=seed, steps=how["train_steps"], prompts=how["train_prompts"])
     cfg.eval_problems = how["eval_problems"]
-    if arm.startswith("true"):
-        # Each step brings the rule with its truth.
-        credit.METHODS[arm] = credit.Rule(None, whole_step=True)
-    model, tokenizer = load_base(cfg)
-    train, held_out, _, _ = load_split(cfg, tokenizer)
-    add_lora(model, cfg.rank, cfg.alpha, seed=cfg.seed)
-    trained, rewards = list(lora_parameters(model).values()), []
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0)
-    for step in range(1, cfg.steps + 1):
-        problems = problems_of_step(train, cfg.prompts, cfg.seed, step)
-        rollout = sample_rollout(model, tokenizer, problems, cfg, step)
-        advantages = group_advantages(rollout.rewards, cfg.advantage).flatten()
-        if arm.startswith("true"):
-            sampling = (grader(tokenizer, problems), how["train_continuations"], step)
-            signed = arm == "true_signed"
-            eos_ids = tokenizer.eos_ids
-            truth = true_weights(model, rollout, advantages, cfg, eos_ids, *sampling, signed)
-            rule = lambda signals, power, truth=truth: truth  # noqa: E731
-            credit.METHODS[arm] = credit.Rule(rule, whole_step=True)
-        optimizer.param_groups[0]["lr"] = lr_at(step, cfg)
-        update(model, optimizer, rollout, advantages, cfg)
-        rewards.append(rollout.rewards.mean().item())
-    prompts, golds = [p["prompt"] for p in held_out], [p["answer"] for p in held_out]
-    last = (0, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
-    greedy = evaluate(model, tokenizer, prompts, golds, *last)[0]["greedy"]
-    return dict(arm=arm, seed=seed, rewards=rewards, greedy=greedy)
+    found = train_arm(cfg, how["train_continuations"])
+    return dict(arm=arm, seed=seed, rewards=found["reward"], greedy=found["greedy"])
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -250,7 +209,7 @@ def train(how, processes):
     """Training with the truth as weights, beside uniform and ARCA."""
     arms = ("true", "true_signed", "uniform", "arca")  # the long ones first
     jobs = [(arm, seed, how) for arm in arms for seed in range(1, how["seeds"] + 1)]
-    return compare_arms(run_jobs(train_arm, jobs, processes))
+    return compare_arms(run_jobs(train_job, jobs, processes))
 
 
 def main():

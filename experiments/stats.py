@@ -91,3 +91,23 @@ def holm(ps):
         largest = max(largest, min(1.0, (len(known) - rank) * p))
         adjusted[i] = largest
     return adjusted
+
+
+def ratio(x, y) -> Estimate:
+    """The mean of x over that of y, both (S, 1) of the same seeds, by Fieller's theorem (J. R.
+    Statist. Soc. B 16, 1954, 175-185): its interval has the r at which the mean of x - r y can be
+    0. Where y cannot be told from 0 there is none (NaN)."""
+    x, y = (np.asarray(v, dtype=np.float64).ravel() for v in (x, y))
+    n, mean = len(x), float(x.mean() / y.mean())
+    p = crossed(x[:, None]).p
+    if n < 2:
+        return Estimate(mean, math.nan, math.nan, p, n)
+    # The ends are the roots of a r^2 - 2 b r + c.
+    scale = t_quantile(n - 1) ** 2 / n
+    (xx, xy), (_, yy) = np.cov(x, y)
+    a = y.mean() ** 2 - scale * yy
+    b = x.mean() * y.mean() - scale * xy
+    c = x.mean() ** 2 - scale * xx
+    root = math.sqrt(max(0.0, b**2 - a * c))
+    low, high = ((b - root) / a, (b + root) / a) if a > 0 else (math.nan, math.nan)
+    return Estimate(mean, low, high, p, n)

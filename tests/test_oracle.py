@@ -10,10 +10,13 @@ import pytest
 import torch
 from helpers import EOS, settings, tiny_model
 
-from experiments import oracle, oracle_report
-from experiments.oracle import chosen_rows, score, share_on_top, true_weights
+import credit
+from experiments import arms, oracle, oracle_report
+from experiments.oracle import chosen_rows, score, share_on_top
+from experiments.rows import default_file, in_cell, read_results
 from experiments.truth import follow, open_run, prefix_values, starts_of
-from grpo import Rollout, group_advantages
+from grpo import Rollout, group_advantages, row_weights
+from run.metrics import CLASSES
 from sample import Completions, generate
 from system.errors import UserError
 from train import Settings
@@ -188,28 +191,90 @@ def test_one_right_and_one_wrong_of_each_mixed_problem():
     assert chosen_rows(rewards, 1).tolist() == [4, 3, 9, 10]
 
 
-# ---- Training with the truth ---------------------------------------------------------------------
+# ---- Training with changed rules -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signed", [False, True])
-def test_true_weights(known, signed):
-    """The multipliers must be in proportion to |delta|, have mean one, and with `signed` give A m
-    the sign of delta; completions without an advantage are not sampled for."""
+@pytest.mark.parametrize("arm", ["true", "true_signed", "true_delta"])
+def test_true_credit(known, arm):
+    """The multipliers must be in proportion to |delta|, have mean one, and with the sign give A m
+    the sign of delta; completions without an advantage are not sampled for. As the advantage, delta
+    must come to (1 / B) delta in the loss, of every completion."""
     model, rollout, exact = known
     cfg, advantages = settings(max_new_tokens=LIMIT), group_advantages(rollout.rewards).flatten()
-    m = true_weights(model, rollout, advantages, cfg, [EOS], grade, 2000, 0, signed)
+    how = (model, rollout, advantages, cfg, [EOS], grade, 2000, 0)
+    A, m = arms.true_credit(arm, *how)
+    assert torch.equal(A, advantages) or arm == "true_delta"
+    in_loss = A[:, None] * m * row_weights(rollout.completions.lengths, "seq")[:, None]
     for row in range(8):
         n = int(rollout.completions.lengths[row])
         ids = tuple(rollout.completions.tokens[row, :n].tolist())
         values = [exact[row // 4][ids[:t]] for t in range(n + 1)]
         delta = torch.tensor(values).diff()
         expected = n * delta.abs() / delta.abs().sum()
-        if signed:
+        if arm == "true_signed":
             expected = expected * delta.sign() * advantages[row].sign()
         if advantages[row] == 0:
             expected = torch.ones(n)
-        assert torch.allclose(m[row, :n], expected, atol=0.35)
+        if arm == "true_delta":
+            assert torch.allclose(in_loss[row, :n], delta / 8, atol=0.01)
+        else:
+            assert torch.allclose(m[row, :n], expected, atol=0.35)
         assert not m[row, n:].any()
+
+
+def test_changes_of_arca_by_hand():
+    """A change that also moved other tokens, or made up for itself, would test something else."""
+    answer = CLASSES.index("answer")
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    residual = torch.tensor([[1.0, 1.0, 4.0, 2.0], [3.0, 0.0, 3.0, 9.0]])  # 9: padding
+    classes = torch.tensor([[0, answer, answer, 6], [answer, 3, 0, 0]])
+    signals = credit.Signals(mask, residual=residual, noise=classes)
+    expected = {  # ARCA: 0.5 0.5 2 1 and 1.5 0 1.5
+        "answer_cut": [[0.5, 0.5, 1.0, 1.0], [1.0, 0.0, 1.5, 0.0]],
+        "answer_only": [[1.0, 0.5, 2.0, 1.0], [1.5, 1.0, 1.0, 0.0]],
+        "first_halved": [[0.25, 0.5, 2.0, 1.0], [0.75, 0.0, 1.5, 0.0]],
+        "plain": [[4.0, 4.0, 4.0, 4.0], [3.0, 3.0, 3.0, 0.0]],
+    }
+    for arm, multipliers in expected.items():
+        found = arms.RULES[arm].multipliers(signals.masked(), 1)
+        assert torch.allclose(found, torch.tensor(multipliers)), arm
+
+
+def test_arms_resume(tmp_path, monkeypatch):
+    """A run that is made twice, or lost when the next one fails, costs minutes; runs of other
+    settings must not be taken for these."""
+    asked = []
+
+    def fake(cfg):
+        asked.append((cfg.credit, cfg.prompts, cfg.seed))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return dict(greedy=0.5, reward=[cfg.seed / 8], grad_norm=[1.0])
+
+    monkeypatch.setattr(arms, "train_arm", fake)
+    monkeypatch.setattr(arms, "SEEDS", (1, 2))
+    path = tmp_path / "causal.json"
+    with pytest.raises(KeyboardInterrupt):
+        arms.make(path, ["arca_64", "plain"])
+    rows = arms.make(path, ["arca_64", "plain"])
+    assert asked == [("arca", 64, 1), ("plain", 8, 1), *[("arca", 64, 2)] * 2, ("plain", 8, 2)]
+    expected = [("plain", 1), ("plain", 2), ("arca_64", 1), ("arca_64", 2)]
+    assert [(row["arm"], row["seed"]) for row in rows] == expected
+    assert read_results(path)[1] == rows
+    assert "0.188 [-0.607, 0.982]" in arms.tables(rows)  # the mean of 1/8 and 2/8, n = 2
+    monkeypatch.setitem(arms.ARMS, "plain", dict(credit="plain"))
+    with pytest.raises(UserError, match="other settings"):
+        arms.make(path, ["plain"])
+
+
+@pytest.mark.long
+def test_the_loop_is_the_sweeps():
+    """Arms are paired with the sweep's runs: with other problems, another adapter or other sampling
+    the difference would not be the rule's alone."""
+    cells = in_cell(read_results(default_file())[1], ("uniform", 16, 1.0))
+    cfg = Settings(credit="uniform", seed=1, steps=2, eval_problems=0)
+    found = arms.train_arm(cfg)  # one completion more or less: another processor rounds otherwise
+    assert found["reward"] == pytest.approx(cells[1]["reward"][:2], abs=1e-2)
 
 
 # ---- The command line ----------------------------------------------------------------------------

@@ -305,6 +305,19 @@ def test_holm():
     assert math.isnan(found[2]) and stats.holm([0.7, 0.9]) == [1.0, 1.0]
 
 
+def test_ratio():
+    """The ends of a ratio's interval are where x - r y can just not be told from 0: an interval of
+    the quotients' mean, or one that forgets how x and y vary together, has others."""
+    rng = np.random.default_rng(0)
+    y = rng.normal(2, 0.3, size=(5, 1))
+    x = y + rng.normal(0, 0.3, size=(5, 1))
+    e = stats.ratio(x, y)
+    assert e.low < e.mean < e.high
+    for end in (e.low, e.high):
+        assert stats.crossed(x - end * y).p == pytest.approx(0.05, abs=1e-4)
+    assert math.isnan(stats.ratio(x, y - 2).low)  # y could be 0
+
+
 # ---- Tables --------------------------------------------------------------------------------------
 
 
