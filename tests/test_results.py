@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import concentration, first_order_report, oracle_report, tables, theory
+from experiments import arms, concentration, first_order_report, oracle_report, tables, theory
 from experiments.rows import read_results
 from system.files import read_json
 
@@ -46,7 +46,8 @@ def printed(sweep_tables):
         theory.print_table(read_json(RESULTS / "theory.json"))
         for found in read_json(RESULTS / "real.json")["after"].values():
             concentration.show(found["rules"], found)
-    return sweep_tables + out.getvalue()
+    causal = arms.tables(read_results(RESULTS / "causal.json")[1])
+    return sweep_tables + causal + out.getvalue()
 
 
 def test_no_interval_of_the_results_without_a_source(printed):
