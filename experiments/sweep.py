@@ -239,9 +239,9 @@ def main():
             print(f"{run.folder}  {'to do' if next_command(run) else 'done'}")
         return
     failed = 0
-    if not fcntl and not args.tables_only:
-        raise UserError("to start runs takes Linux or macOS, or Windows' WSL: use one of these")
     if not args.tables_only:
+        if not fcntl:
+            raise UserError("to start runs takes Linux or macOS, or Windows' WSL: use one of these")
         jobs = args.jobs or default_jobs(cfg)
         print(f"{len(runs)} runs, {jobs} at a time, in {out}; Ctrl-C stops them", flush=True)
         try:

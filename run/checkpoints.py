@@ -24,8 +24,8 @@ from system import files, processes
 from system.errors import UserError, flag_name, interrupt, on_signals, printable
 
 # Settings that --resume may change: they decide what is kept and seen, not what is learned.
-CHANGEABLE = """out device micro_batch_tokens gradient_checkpointing eval_every save_every
-    keep_checkpoints compare_rules tensorboard"""
+CHANGEABLE = ("out", "device", "micro_batch_tokens", "gradient_checkpointing", "eval_every")
+CHANGEABLE += ("save_every", "keep_checkpoints", "compare_rules", "tensorboard")
 # Settings that say where the inputs are. These may have moved: what they hold must be the same.
 INPUTS = ("model", "revision", "data", "eval_data")
 
@@ -87,7 +87,7 @@ def resumed_settings(cfg, given: dict, resume):
     processes.hold(folder)
     stored = read_settings(folder, cfg)
     clash = {name for name in given if given[name] != stored[name]}
-    clash -= {*CHANGEABLE.split(), *INPUTS}
+    clash -= {*CHANGEABLE, *INPUTS}
     if clash:
         said = ", ".join(f"{name} = {stored[name]} and not {given[name]}" for name in sorted(clash))
         raise UserError(f"{folder} was run with {said}: leave these out, or start another run")

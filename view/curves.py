@@ -18,7 +18,7 @@ from view.samples import clean
 
 POINTS = 200  # of a curve at most; a point of a longer one is the mean of several steps
 MOST = 10  # lines in a legend
-FREE = ("seed", *CHANGEABLE.split())  # settings in which the runs of a line may differ
+FREE = ("seed", *CHANGEABLE)  # settings in which the runs of a line may differ
 PANELS = {  # what is drawn by step: (title, the end of its axis if it is fixed)
     "reward": ("Train reward", 1),
     "entropy": ("Entropy, nats a token", None),

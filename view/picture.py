@@ -12,18 +12,23 @@ DASHES = ["-", (0, (6, 3)), (0, (2, 2)), (0, (8, 2, 2, 2)), (0, (1, 3))]  # as i
 ACROSS = 3  # panels beside each other
 
 
+def look(line) -> dict:
+    """Return the colour, dashes and thickness of a line, as matplotlib names them."""
+    thick, dash = divmod(line["style"], len(DASHES))
+    return dict(color=line["colour"][0], linestyle=DASHES[dash], linewidth=1.4 + thick)
+
+
 def draw_panel(ax, panel, lines):
     """Draw a number of all lines by step, with their bands; a step without it leaves a gap."""
     for line in lines:
         curve = line["curves"].get(panel["key"])
         if not curve:
             continue
-        thick, dash = divmod(line["style"], len(DASHES))
-        colour = line["colour"][0]
-        style = dict(color=colour, linestyle=DASHES[dash], linewidth=1.4 + thick)
+        style = look(line)
         few = sum(map(math.isfinite, curve["mean"])) < 15
         ax.plot(curve["x"], curve["mean"], marker="o" if few else None, markersize=3, **style)
-        ax.fill_between(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.15, lw=0)
+        band = dict(color=style["color"], alpha=0.15, lw=0)
+        ax.fill_between(curve["x"], curve["low"], curve["high"], **band)
     ax.set_title(panel["title"], fontsize=9, loc="left", parse_math=False)
     ax.set_ylim(0, panel["top"])
     ax.tick_params(labelsize=7)
@@ -53,11 +58,7 @@ def draw(lines, title, path) -> bool:
     # 2) Title and legend, in which a dollar sign begins no formula.
     title = title if len(members) == len(lines) else f"{title}: {name}"
     figure.suptitle(title, fontsize=10, parse_math=False)
-    handles = []
-    for line in shown:
-        thick, dash = divmod(line["style"], len(DASHES))
-        style = dict(color=line["colour"][0], linestyle=DASHES[dash], linewidth=1.4 + thick)
-        handles.append(Line2D([], [], **style))
+    handles = [Line2D([], [], **look(line)) for line in shown]
     said = [line["label"].replace("$", r"\$") for line in shown]
     figure.legend(handles, said, loc="outside lower left", fontsize=8, frameon=False)
     # 3) The file. The font may lack some sign, and draws a box.
