@@ -9,56 +9,26 @@ from pathlib import Path
 import numpy as np
 
 from run.answers import read_answers
-from run.metrics import CLASSES
 from system.errors import UserError
-from system.files import checked, is_number, read_json, read_rows, to_json, write_whole
+from system.files import read_json, read_rows, to_json, write_whole
 
-CURVES = ("reward", "entropy", "gini", "effective_token_ratio")  # of metrics.jsonl, by step
-
-
-def outcomes(path):
-    """The answers of eval_math.py as two texts with a digit a problem: whether the greedy one is
-    right, and how many (of at most 9) samples are; the second is empty where none were drawn."""
-    answers = read_answers(str(path), "verdict", "sample")
-    if not all(a["verdict"] in (True, False) for a in answers):
-        raise UserError(f"{path} has a verdict that is neither true nor false: move it away")
-    greedy = [int(a["verdict"]) for a in answers if a["sample"] is None]
-    drawn = [int(a["verdict"]) for a in answers if a["sample"] is not None]
-    if not greedy or len(drawn) % len(greedy) or len(drawn) > 9 * len(greedy):
-        raise UserError(f"{path} holds other answers than the sweep's: move it away")
-    right = np.reshape(drawn, (len(greedy), -1)).sum(axis=1)
-    return "".join(map(str, greedy)), "".join(map(str, right)) if drawn else ""
-
-
-def training(folder) -> dict:
-    """What a run logged: curves over its steps, the mean shares of tokens and credit by class, and
-    greedy accuracy by step."""
-    steps = read_rows(folder / "metrics.jsonl")
-    shares = [f"{kind}/{name}" for kind in ("tokens", "credit") for name in CLASSES]
-    for step in steps:
-        for key in (*CURVES, *shares):
-            if not is_number(step.get(key)):
-                raise UserError(f"{folder}: {key} of step {step['step']} is no number: train again")
-    row = {key: [step[key] for step in steps] for key in CURVES}
-    for kind in ("tokens", "credit"):
-        shares = [[step[f"{kind}/{name}"] for step in steps] for name in CLASSES]
-        means = np.mean(shares, axis=1, dtype=float)  # null makes nan
-        row[kind] = [round(float(x), 6) for x in means]
-    evals = read_rows(folder / "evals.jsonl")
-    return row | dict(held_out={str(x["step"]): x["greedy"] for x in evals})
+CURVES = ("reward", "gini", "effective_token_ratio")  # of metrics.jsonl, by step
 
 
 def row_of(run) -> dict:
-    """The row of a Run (experiments/plan.py) that is complete."""
-    cfg = run.settings
-    row = dict(zip(("rule", "rank", "sharpening"), run.cell, strict=True), seed=cfg["seed"])
-    row["greedy"], row["right"] = outcomes(run.folder / "answers.jsonl")
-    if run.cell[0] != "base":
-        row |= training(run.folder)
-    if run.measured:
-        path = run.folder / "concentration.json"
-        row["concentration"] = checked(read_json(path), path, rules=dict).get("rules", {})
-    return row
+    """The row of a complete run, from its folder; run: its settings. Answers are a text with a
+    digit a problem: is the greedy one right (`greedy`), how many of the samples are (`right`)."""
+    path = Path(run.out) / "answers.jsonl"
+    answers = read_answers(path, "verdict", "sample")
+    greedy = [int(a["verdict"] is True) for a in answers if a["sample"] is None]
+    drawn = [int(a["verdict"] is True) for a in answers if a["sample"] is not None]
+    if not greedy or len(drawn) != run.eval_samples * len(greedy):
+        raise UserError(f"{path} is not whole: remove it, and start the sweep again")
+    right = np.reshape(drawn, (len(greedy), -1)).sum(axis=1) if drawn else []
+    row = dict(rule=run.credit, rank=run.rank, sharpening=run.sharpening, seed=run.seed)
+    row |= dict(greedy="".join(map(str, greedy)), right="".join(map(str, right)))
+    steps = read_rows(path.with_name("metrics.jsonl"))  # none of the untrained model
+    return row | {key: [step[key] for step in steps] for key in CURVES if steps}
 
 
 def write_results(path, about, rows):
@@ -76,7 +46,8 @@ def read_results(path):
     return found["about"], found["runs"]
 
 
-# ---- Rows as matrices ----------------------------------------------------------------------------
+def default_file():
+    return Path(__file__).parent / "results" / "tiny.json"
 
 
 def in_cell(rows, cell):
@@ -103,10 +74,4 @@ def matrix(rows, cell, metric, seeds=None):
 def paired(rows, cell, other, metric):
     """cell minus other (S, P) on the seeds, and thus problems, that both have."""
     seeds = sorted(in_cell(rows, cell).keys() & in_cell(rows, other).keys())
-    if not seeds:
-        return np.zeros((0, 1))
     return matrix(rows, cell, metric, seeds) - matrix(rows, other, metric, seeds)
-
-
-def default_file():
-    return Path(__file__).parent / "results" / "tiny.json"

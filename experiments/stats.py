@@ -18,8 +18,8 @@ class Estimate:
     mean: float
     low: float
     high: float
-    p: float
-    seeds: int
+    p: float = math.nan
+    seeds: int = 1
 
 
 def t_tail(t, df):
@@ -36,27 +36,13 @@ def t_tail(t, df):
 
 
 @cache
-def t_quantile(df, tail=0.05):
-    """The t that |T| exceeds with probability `tail`, by bisection."""
+def t_quantile(df):
+    """The t that |T| exceeds with probability 0.05, by bisection."""
     low, high = 0.0, 1e4
     for _ in range(45):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, df) > tail else (low, middle)
+        low, high = (middle, high) if t_tail(middle, df) > 0.05 else (low, middle)
     return high
-
-
-def variance_parts(x):
-    """What seeds and problems add to the variance of the mean of x (S, P), and what both count:
-    [(variance, degrees of freedom)] * 3. One seed, or one problem, adds nothing."""
-    S, P = x.shape
-    seeds, problems, mean = x.mean(axis=1), x.mean(axis=0), x.mean()
-    parts = [(seeds.var(ddof=1) / S, S - 1)] if S > 1 else [(0.0, 1)]
-    parts += [(problems.var(ddof=1) / P, P - 1)] if P > 1 else [(0.0, 1)]
-    if S == 1 or P == 1:
-        return [*parts, (0.0, 1)]
-    rest = x - seeds[:, None] - problems + mean
-    df = (S - 1) * (P - 1)
-    return [*parts, ((rest**2).sum() / df / (S * P), df)]
 
 
 def crossed(x) -> Estimate:
@@ -65,19 +51,24 @@ def crossed(x) -> Estimate:
 
     The variance is never taken to be less than seeds alone, or problems alone, show. With one
     problem it is Student's t over seeds; with one seed, over problems; with one of each there is no
-    interval (NaN).
+    interval, and without any x no mean (NaN).
     """
     x = np.asarray(x, dtype=np.float64)
-    mean, S = float(x.mean()), len(x)
-    if x.size == 1:
-        return Estimate(mean, math.nan, math.nan, math.nan, S)
-    parts = variance_parts(x)
-    seeds, problems, both = (v for v, _ in parts)
-    variance = max(seeds + problems - both, seeds, problems)
+    S = len(x)
+    if x.size < 2:
+        return Estimate(x.item() if x.size else math.nan, math.nan, math.nan, math.nan, S)
+    # What seeds, problems and both together add to the variance of the mean; one seed adds nothing.
+    mean = float(x.mean())
+    seeds = x.mean(axis=1, keepdims=True) - mean  # (S, 1)
+    problems = x.mean(axis=0) - mean  # (P,)
+    squares = [(part**2).mean() for part in (seeds, problems, x - mean - seeds - problems)]
+    dfs = np.maximum([S - 1, x.shape[1] - 1, (S - 1) * (x.shape[1] - 1)], 1)
+    parts = squares / dfs
+    variance = max(parts[0] + parts[1] - parts[2], parts[0], parts[1])
     if variance < 1e-24:
         return Estimate(mean, mean, mean, 1.0 if mean == 0 else 0.0, S)
-    df = variance**2 / sum(v**2 / d for v, d in parts)
-    df = min(max(df, 1.0), 1e5)
+    df = variance**2 / (parts**2 / dfs).sum()
+    df = min(max(float(df), 1.0), 1e5)
     spread = t_quantile(df) * math.sqrt(variance)
     return Estimate(mean, mean - spread, mean + spread, t_tail(mean / math.sqrt(variance), df), S)
 
@@ -99,9 +90,8 @@ def ratio(x, y) -> Estimate:
     0. Where y cannot be told from 0 there is none (NaN)."""
     x, y = (np.asarray(v, dtype=np.float64).ravel() for v in (x, y))
     n, mean = len(x), float(x.mean() / y.mean())
-    p = crossed(x[:, None]).p
     if n < 2:
-        return Estimate(mean, math.nan, math.nan, p, n)
+        return Estimate(mean, math.nan, math.nan, seeds=n)
     # The ends are the roots of a r^2 - 2 b r + c.
     scale = t_quantile(n - 1) ** 2 / n
     (xx, xy), (_, yy) = np.cov(x, y)
@@ -110,4 +100,4 @@ def ratio(x, y) -> Estimate:
     c = x.mean() ** 2 - scale * xx
     root = math.sqrt(max(0.0, b**2 - a * c))
     low, high = ((b - root) / a, (b + root) / a) if a > 0 else (math.nan, math.nan)
-    return Estimate(mean, low, high, p, n)
+    return Estimate(mean, low, high, seeds=n)

@@ -1,255 +1,228 @@
 """Many runs of train.py under one budget, and what they say: rule x rank x sharpening x seed.
 
-    python experiments/sweep.py --preset tiny     # the embedded model: 70 minutes on two cores
+    python experiments/sweep.py --preset tiny     # the embedded model: 62 minutes on two cores
     python experiments/sweep.py --preset paper    # the paper's seven runs, and what it lacks
     python experiments/sweep.py --preset chat --data TRAIN.jsonl --eval-data TEST.jsonl
 
-A run is a folder, named after its setting and a hash of all that decides its numbers: the code, the
-model, the data, every setting. So runs of different code or settings never meet, and what is done
-stays done: after Ctrl-C, a crash or a kill the same command goes on, inside a run too. The folders
-become results.json, and that the tables; experiments/figures.py draws the same file.
+A run is a folder: runs/sweep-tiny/arca-r16-p2-s1 is ARCA at rank 16 with sharpening 2 and seed 1.
+What it holds is not made again, so after Ctrl-C or a crash the same command goes on. Other settings
+are refused; other code is not noticed: after a change of it give another --out. The runs become
+results.json, and that the tables.
 """
 
-import json
 import os
 import subprocess
 import sys
 import time
-from dataclasses import fields
-from importlib.metadata import version
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import numpy as np
 import torch
 
-from experiments import rows, tables
-from experiments.plan import PRESETS, ROOT, cells, code_key, next_command, part_of, plan
-from system.errors import Parser, UserError, flag_name, printable, run_cli
-from system.files import is_number, read_rows, to_json
+from data.problems import HUB
+from experiments.rows import CURVES, default_file, in_cell, read_results, row_of, write_results
+from experiments.tables import BASE, RULES, tables
+from hf.checkpoint import NAMED
+from run.checkpoints import CHANGEABLE, read_settings
+from run.flags import FLAGS, PAPER, check
+from system.errors import Parser, UserError, flag_name, run_cli
+from system.files import read_rows
 from train import Settings
 
-try:
-    import fcntl
-except ModuleNotFoundError:
-    fcntl = None  # on Windows
-
+ROOT = Path(__file__).resolve().parent.parent
+CONTROLS = ("permuted", "random")
+# A chat model of half a billion parameters: it must be seen to learn within an hour of a GPU.
+CHAT = dict(model="Qwen/Qwen2.5-Coder-0.5B-Instruct", chat=True, steps=60, prompts=8, samples=8)
+CHAT.update(max_new_tokens=384, lr=2e-4, eval_problems=400, eval_samples=0, micro_batch_tokens=4096)
+# Settings of all runs; ranks, of which the first is the main comparison's, and the others only
+# uniform's and ARCA's; seeds; rules.
+PRESETS = {
+    "tiny": (dict(steps=32), (16, 4, 64), (1, 2, 3, 4, 5), RULES),
+    "paper": (PAPER | dict(preset="paper"), (64, 4, 16), (1337,), RULES),
+    "chat": (CHAT, (16,), (1, 2, 3), ("uniform", "arca")),
+}
+FEW = 50  # problems that training evaluates on; eval_math.py does all of them afterwards
 # Settings of train.py that a sweep may have otherwise, the same for all its runs.
 BUDGET = """steps prompts samples max_new_tokens eval_problems lr micro_batch_tokens
     model revision data eval_data device dtype chat system thinking"""
-
-# How far numbers may lie apart that another processor rounds otherwise. One that did differed by
-# up to 3e-4 in Gini and 6e-4 in entropy, with all rewards and verdicts the same. Where an outcome
-# changes, a reward moves by 1/128 and an accuracy by 1/500 at least: that is no rounding.
+# How far numbers may lie apart that another processor rounds otherwise: one that did differed by up
+# to 3e-4 in Gini. Another outcome moves the reward of a step by 1/128.
 ROUNDING = 1e-3
 
 
-# ---- Doing it ------------------------------------------------------------------------------------
+def cells(rules, ranks, controls=True):
+    """The settings to compare (rule, rank, sharpening): the paper's, then what it lacks. Uniform
+    has no sharpening; it is written as 1."""
+    rank, *others = ranks
+    found = [(rule, rank, 1.0 if rule == "uniform" else 2.0) for rule in rules]
+    found += [("arca", other, 2.0) for other in others]
+    if controls:
+        found += [("uniform", other, 1.0) for other in others]
+        found += [(rule, rank, 2.0) for rule in CONTROLS]
+        found += [(rule, rank, 1.0) for rule in (*rules[1:], *CONTROLS)]
+    return found
 
 
-def start(run, words, makes, code):
-    """Start a command of `next_command`; returns the process. It holds a lock on the folder,
-    even if this process is killed and it goes on alone; UserError if another one has it."""
-    if code != code_key():
-        raise UserError("the code was changed during the sweep: start it again")
-    run.folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(run.folder / "lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process works in {run.folder}: wait for it or end it") from None
-    if makes:
-        part_of(makes).unlink(missing_ok=True)
-        words = [*words, "--out", str(part_of(makes))]
+def run_of(cell, seed, shared, out) -> Settings:
+    """The settings of a run, its folder among them; of the untrained model (BASE), too."""
+    rule, rank, power = cell
+    name = f"base-s{seed}" if cell == BASE else f"{rule}-r{rank}-p{power:g}-s{seed}"
+    own = dict(credit=rule, rank=rank, alpha=2.0 * rank, sharpening=power)  # alpha as in the paper
+    return replace(shared, seed=seed, out=str(out / name), **own)
+
+
+def words(script, settings):
+    """A command: a script, and settings as its flags."""
+    found = [script]
+    for name, value in settings.items():
+        if value is True:
+            found.append(flag_name(name))
+        elif value is not False and value != "":
+            found += [flag_name(name), str(value)]
+    return found
+
+
+def refuse_others(place, stored, wanted):
+    """UserError if what a place holds was made with other settings than are wanted."""
+    others = [name for name in wanted if stored.get(name) != wanted[name]]
+    others = [name for name in others if name not in CHANGEABLE]
+    if others:
+        raise UserError(f"{place} was made with other {', '.join(others)}: give another --out")
+
+
+def next_command(run):
+    """What is to be done next for a run, as words; None when all is done. UserError if its folder
+    holds a run of other settings."""
+    folder = Path(run.out)
+    names = (*FLAGS, "chat", "max_new_tokens", "temperature", "top_p")
+    flags = {name: getattr(run, name) for name in names}
+    if run.credit != "base":
+        training = replace(run, eval_problems=min(FEW, run.eval_problems), eval_samples=0)
+        if not (folder / "config.json").exists():
+            return words("train.py", asdict(training))
+        refuse_others(folder, read_settings(folder, training), asdict(training))
+        evals = read_rows(folder / "evals.jsonl")
+        if not evals or evals[-1]["step"] < run.steps:
+            return ["train.py", "--resume", run.out]
+        flags["adapter"] = folder / "adapter"
+    answers = folder / "answers.jsonl"
+    flags |= dict(data=run.eval_data or run.data, problems=run.eval_problems, out=answers)
+    flags["samples"] = run.eval_samples
+    return None if answers.exists() else words("eval_math.py", flags)
+
+
+def start(run, command):
+    """Start a command, which writes to the run's log.txt; returns the process."""
+    Path(run.out).mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / command[0]), *command[1:]]
     one_thread = os.environ | dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    with open(run.folder / "log.txt", "ab") as log:
-        command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+    with open(Path(run.out) / "log.txt", "ab") as log:
+        how = dict(stdout=log, stderr=log, env=one_thread)
         # A session of its own: a Ctrl-C in the terminal is ours to pass on, once.
-        how = dict(stdout=log, stderr=log, env=one_thread, start_new_session=True)
-        process = subprocess.Popen(command, pass_fds=(lock,), **how)
-    os.close(lock)
-    return process
+        return subprocess.Popen(command, start_new_session=True, **how)
 
 
-def stop(processes):
-    """Ask children to end: they save their last whole step first. A second Ctrl-C kills them."""
-    for process in processes:
-        process.terminate()
-    try:
-        for process in processes:
-            process.wait()
-    except KeyboardInterrupt:
-        for process in processes:
-            process.kill()
-
-
-def part_done(run):
-    """The share of a run's steps that its folder has, in [0, 1]."""
-    steps = len(read_rows(run.folder / "metrics.jsonl"))
-    return min(1.0, steps / run.settings["steps"])
-
-
-def progress(runs, unfinished, begun, first):
-    """Such as `12 of 86 runs, 14 %, 1 h 05 left`; begun, first: when this sweep began, and how many
-    runs' worth of steps were done then. For the screen only: no number of a run knows the time."""
-    complete, total = len(runs) - len(unfinished), len(runs)
-    done = complete + sum(map(part_done, unfinished))
-    rate = (done - first) / (time.monotonic() - begun)
-    minutes = round((total - done) / rate / 60) if rate > 0 else None
-    left = "" if minutes is None else f", {minutes // 60} h {minutes % 60:02d} left"
-    return f"{complete} of {total} runs, {100 * done / total:.0f} %{left}"
-
-
-def ended_well(process, run, words, makes):
-    """Whether a child did what its command was for; what it made gets its name."""
-    if process.returncode == 0 and makes:
-        os.replace(part_of(makes), makes)
-    return process.returncode == 0 and (next_command(run) or [None])[0] != words
-
-
-def work_through(runs, jobs, code):
+def work_through(runs, jobs):
     """Do what is to be done for the runs, `jobs` at a time; returns how many failed. However it
-    ends, no child is left behind."""
-    unfinished, active, failed = [run for run in runs if next_command(run)], {}, 0
-    queue = list(unfinished)
-    since = time.monotonic(), len(runs) - len(queue) + sum(map(part_done, queue))
+    ends, no child is left behind; train.py saves its last whole step first."""
+    waiting, active, failed = list(runs), {}, 0
     try:
-        while queue or active:
-            while queue and len(active) < jobs:
-                run = queue.pop(0)
-                words, makes = next_command(run)
-                active[start(run, words, makes, code)] = run, words, makes
+        while waiting or active:
+            while waiting and len(active) < jobs:
+                run = waiting.pop(0)
+                command = next_command(run)
+                if command:
+                    active[start(run, command)] = run
+                else:
+                    print(f"done: {run.out}", flush=True)
             time.sleep(0.2)
             for process in [p for p in active if p.poll() is not None]:
-                run, *command = active.pop(process)
-                if not ended_well(process, run, *command):
-                    failed += 1
-                    print(f"failed: {run.folder.name}: {last_words(run)}", flush=True)
-                elif next_command(run):
-                    queue.insert(0, run)
+                run = active.pop(process)
+                if process.returncode == 0:
+                    waiting.insert(0, run)
                 else:
-                    unfinished.remove(run)
-                    print(f"{progress(runs, unfinished, *since)}: {run.folder.name}", flush=True)
-            if sys.stderr.isatty():
-                line = progress(runs, unfinished, *since)
-                print(f"\r{line}\033[K\r", end="", file=sys.stderr, flush=True)
+                    failed += 1
+                    print(f"failed: {run.out}, see its log.txt", flush=True)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(*stop.args, "the same command goes on") from None
     finally:
-        stop(active)
+        for process in active:
+            process.terminate()
+        for process in active:
+            process.wait()
     return failed
 
 
-def last_words(run):
-    """The last line of a run's log: what it died of."""
-    lines = (run.folder / "log.txt").read_text("utf-8", "replace").strip().splitlines()
-    return printable(lines[-1][:300]) if lines else "killed, without a word"
-
-
-# ---- The command line ----------------------------------------------------------------------------
-
-
-def default_jobs(settings):
-    """One run a core, as memory allows; on a GPU one at a time."""
-    if settings["device"].startswith("cuda") or torch.cuda.is_available():
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    folder = Path(settings["model"])
-    size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    need = 2**30 + 4 * size  # bytes; the embedded model takes 0.6 GB, most of it torch itself
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(cores, free // need))
+def near(row, kept):
+    """Whether a row has the outcomes of the same run among those kept, and numbers that differ from
+    its by at most ROUNDING."""
+    other = in_cell(kept, (row["rule"], row["rank"], row["sharpening"])).get(row["seed"], {})
+    same = all(row[key] == other.get(key) for key in row if key not in CURVES)
+    a, b = (np.array([x for key in CURVES for x in r.get(key, [])], float) for r in (row, other))
+    return same and len(a) == len(b) and np.allclose(a, b, rtol=0, atol=ROUNDING)
 
 
 def parse_flags():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="tiny", help=", ".join(PRESETS))
-    parser.add_argument("--jobs", type=int, help="runs at a time; default: as many as fit")
+    parser.add_argument("--preset", default="tiny", choices=PRESETS)
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: one a core, 1 on a GPU")
     parser.add_argument("--out", help="folder of the runs and results.json; runs/sweep-PRESET")
     parser.add_argument("--seeds", type=int, nargs="+", help="in place of the preset's")
     text = "only what the paper ran: neither controls, nor uniform at other ranks, nor sharpening 1"
     parser.add_argument("--no-controls", action="store_true", help=text)
-    parser.add_argument("--list", action="store_true", help="say what is done, and run nothing")
-    parser.add_argument("--tables-only", action="store_true", help="of what is done; run nothing")
     for f in [f for f in fields(Settings) if f.name in BUDGET.split()]:
         kind = dict(action="store_true") if f.default is False else dict(type=type(f.default))
         text = f"of train.py: {f.metadata['help']}".replace("%", "%%")
         parser.add_argument(flag_name(f.name), default=None, help=text, **kind)
-    args = parser.parse_args()
-    if args.preset not in PRESETS:
-        raise UserError(f"no preset {args.preset!r}: use one of {', '.join(PRESETS)}")
-    return args
+    return parser.parse_args()
 
 
-def near(a, b):
-    """Whether two JSON values differ in nothing but numbers, and those by at most ROUNDING."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(near(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(near, a, b))
-    if is_number(a) and is_number(b):
-        return abs(a - b) <= ROUNDING
-    return a == b
-
-
-def likeness(found, kept):
-    """Say how rows compare with the kept rows of the same runs: exactly, but for rounding, or not;
-    found may be a part of the sweep."""
-    known = {(r["rule"], r["rank"], r["sharpening"], r["seed"]): r for r in kept}
-    partners = [known.get((r["rule"], r["rank"], r["sharpening"], r["seed"])) for r in found]
-    if found == partners:
-        return "the same numbers"
-    return "the same but for rounding" if near(found, partners) else "others"
-
-
-def report(runs, about, out):
-    """Write results.json from the complete runs, print its tables, and say whether its runs are
-    those that the repository holds."""
-    found = [rows.row_of(run) for run in runs if not next_command(run)]
-    rows.write_results(out / "results.json", about, found)
-    print(tables.tables(about, found))
-    print(f"\nresults: {out / 'results.json'}")
-    kept = ROOT / "experiments" / "results" / f"{about['preset']}.json"
-    if kept.exists() and found:
-        said = likeness(json.loads(to_json(found)), rows.read_results(kept)[1])
-        print(f"these {len(found)} runs and those of {kept.relative_to(ROOT)}: {said}")
-    print(f"figures: python experiments/figures.py {out / 'results.json'}")
+def plan(args, out):
+    """What results.json says of a sweep, and its runs: the untrained model, then seed by seed, so
+    that a sweep that is cut short compares all rules. UserError if the flags make no sense, or the
+    folder holds another sweep."""
+    settings, ranks, seeds, rules = PRESETS[args.preset]
+    given = {name: getattr(args, name) for name in BUDGET.split()}
+    shared = Settings(**settings | {name: x for name, x in given.items() if x is not None})
+    check(shared)
+    if not shared.eval_data and shared.data not in (*NAMED, *HUB):
+        raise UserError("--data FILE: give --eval-data FILE too, with the problems to evaluate on")
+    if not shared.eval_problems:
+        raise UserError("--eval-problems 0: runs are compared on them, so give 1 or more")
+    about = dict(preset=args.preset, rank=ranks[0])
+    about |= {name: getattr(shared, name) for name in BUDGET.split()}
+    if (out / "results.json").exists():
+        refuse_others(out, read_results(out / "results.json")[0], about)
+    seeds = list(dict.fromkeys(args.seeds or seeds))
+    compared = cells(rules, ranks, not args.no_controls)
+    runs = [run_of(BASE, seeds[0], shared, out)]
+    runs += [run_of(cell, seed, shared, out) for seed in seeds for cell in compared]
+    return about | dict(problems=shared.eval_problems, seeds=seeds, cells=compared), runs
 
 
 def main():
+    # Train and evaluate.
     args = parse_flags()
-    preset, code, controls = PRESETS[args.preset], code_key(), not args.no_controls
-    given = {k: getattr(args, k) for k in BUDGET.split() if getattr(args, k) is not None}
     out = Path(args.out or f"runs/sweep-{args.preset}")
-    seeds = list(dict.fromkeys(args.seeds or preset.seeds))
-    runs = plan(preset, given, seeds, controls, out, code)
-    cfg = runs[0].settings
-    about = {
-        "preset": args.preset,
-        "code": code[:10],
-        "torch": version("torch"),
-        "seeds": seeds,
-        "rank": preset.rank,
-        "cells": cells(preset.rank, preset.others, controls, preset.rules),
-        "steps": cfg["steps"],
-        "prompts": cfg["prompts"],
-        "samples": cfg["samples"],
-        "lr": cfg["lr"],
-        "problems": runs[0].problems,
-    }
-    if args.list:
-        for run in runs:
-            print(f"{run.folder}  {'to do' if next_command(run) else 'done'}")
-        return
-    failed = 0
-    if not args.tables_only:
-        if not fcntl:
-            raise UserError("to start runs takes Linux or macOS, or Windows' WSL: use one of these")
-        jobs = args.jobs or default_jobs(cfg)
-        print(f"{len(runs)} runs, {jobs} at a time, in {out}; Ctrl-C stops them", flush=True)
-        try:
-            failed = work_through(runs, jobs, code)
-        except KeyboardInterrupt as stopped:
-            said = "all children have stopped, the same command goes on"
-            raise KeyboardInterrupt(*stopped.args, said) from None
-    report(runs, about, out)
+    about, runs = plan(args, out)
+    results = out / "results.json"
+    if not results.exists():
+        write_results(results, about, [])
+    jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
+    print(f"{len(runs)} runs, {jobs} at a time, in {out}; Ctrl-C stops them", flush=True)
+    failed = work_through(runs, jobs)
+
+    # What came out, and whether it is what the repository holds.
+    found = [row_of(run) for run in runs if not next_command(run)]
+    write_results(results, about, found)
+    print(f"{tables(about, found)}\n\nresults: {results}")
+    kept = default_file().with_name(f"{args.preset}.json")
+    if kept.exists():
+        stored = read_results(kept)[1]
+        alike = sum(near(row, stored) for row in found)
+        print(f"{alike} of {len(found)} runs have the numbers of {kept.name}, to within {ROUNDING}")
     if failed:
         raise UserError(f"{failed} runs failed; their log.txt says why. The same command goes on")
 

@@ -1,26 +1,34 @@
-"""The paper's two tables from a results file, and what they lack: intervals and paired tests.
+"""The paper's two tables from a results file, and what they lack: intervals, paired tests, curves.
 
-Verdicts rest on the mean train reward; greedy accuracy and pass@4 are secondary.
+    python experiments/tables.py [experiments/results/tiny.json] [--figure PICTURE.png]
 
-    python experiments/tables.py [experiments/results/tiny.json]
-
-A pure function of the file. What is missing is shown as missing.
+A pure function of the file. Verdicts rest on the mean train reward; greedy accuracy and pass@4 are
+secondary.
 """
 
+import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import math
+import numpy as np
 
-from experiments.compare import mcnemar, paired_difference
-from experiments.concentration import PUBLISHED
 from experiments.rows import default_file, in_cell, matrix, paired, read_results
-from experiments.stats import Estimate, crossed, holm
+from experiments.stats import crossed, holm
 from run.answers import wilson
-from system.errors import run_cli
+from system.errors import Parser, UserError, run_cli
 
-BASE = ("base", 0, 0.0)
+RULES = ("uniform", "surprisal", "entropy_reduction", "divergence", "arca")  # the paper's
+PUBLISHED = {  # its tables, by (rule, rank): greedy, pass@4, mean reward, Gini, effective ratio
+    ("uniform", 64): (0.620, 0.675, 0.362, 0.000, 1.000),
+    ("surprisal", 64): (0.520, 0.650, 0.326, 0.941, 0.052),
+    ("entropy_reduction", 64): (0.600, 0.700, 0.367, 0.920, 0.073),
+    ("divergence", 64): (0.565, 0.670, 0.351, 0.939, 0.055),
+    ("arca", 4): (0.525, 0.640, 0.327, 0.353, 0.467),
+    ("arca", 16): (0.510, 0.655, 0.336, 0.388, 0.460),
+    ("arca", 64): (0.590, 0.680, 0.353, 0.490, 0.334),
+}
+BASE = ("base", 0, 0.0)  # the untrained model
 OUTCOMES = (  # metric, its name, scale, digits; the first is the primary one
     ("reward", "mean train reward", 1, 3),
     ("greedy", "greedy, points", 100, 1),
@@ -28,32 +36,19 @@ OUTCOMES = (  # metric, its name, scale, digits; the first is the primary one
 )
 
 
-def estimate(rows, cell, metric) -> Estimate | None:
-    """The mean of a cell and its 95 % interval; None without a run. Of a single run's accuracy the
-    interval is Wilson's, over problems."""
-    x = matrix(rows, cell, metric)
-    if not x.size:
-        return None
-    e = crossed(x)
-    if len(x) == 1 and x.shape[1] > 1:
-        e.low, e.high = wilson(e.mean, x.shape[1])
-    return e
-
-
 def said(e, scale=1, digits=3):
-    """Such as `0.731 [0.702, 0.760]`; a plain mean where there is no interval."""
-    if e is None:
-        return "missing"
+    """An Estimate as text, such as `0.731 [0.702, 0.760]`; a mean alone if it has no interval."""
     mean, low, high = (f"{scale * x:.{digits}f}" for x in (e.mean, e.low, e.high))
-    return mean if math.isnan(e.low) else f"{mean} [{low}, {high}]"
+    if math.isnan(e.low):
+        return "missing" if math.isnan(e.mean) else mean
+    return f"{mean} [{low}, {high}]"
 
 
-def labels(rows, cell, seeds):
-    """The first columns of a row: rule, rank, sharpening, how many seeds."""
-    rule, rank, power = cell
-    n = len(in_cell(rows, cell))
-    count = str(n) if n == len(seeds) or rule == "base" else f"{n} of {len(seeds)}"
-    return [rule, str(rank or "-"), "-" if rule in ("base", "uniform") else f"{power:g}", count]
+def shown(p):
+    """A p-value as text."""
+    if math.isnan(p):
+        return "-"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def table(title, heads, lines):
@@ -62,6 +57,15 @@ def table(title, heads, lines):
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     shown = ["  ".join(c.ljust(w) for c, w in zip(x, widths, strict=True)).rstrip() for x in lines]
     return "\n".join([title, "", shown[0], "-" * (sum(widths) + 2 * len(widths) - 2), *shown[1:]])
+
+
+def labels(about, rows, cell):
+    """The first columns of a line: rule, rank, sharpening, how many seeds."""
+    rule, rank, power = cell
+    n = len(in_cell(rows, cell))
+    wanted = len(about["seeds"])
+    count = str(n) if n == wanted or rule == "base" else f"{n} of {wanted}"
+    return [rule, str(rank or "-"), "-" if rule in ("base", "uniform") else f"{power:g}", count]
 
 
 def published(cell, columns):
@@ -73,111 +77,126 @@ def published(cell, columns):
     return " / ".join(f"{x:.3f}" for x in found[columns])
 
 
-def by_seed(rows, cell):
-    """Greedy accuracy in %, a number a seed. Where three of ten runs take off, none of five does in
-    0.7^5 = 17 % of cases, so a 95 % interval of the mean covers about 84 %, and hides why."""
-    runs = matrix(rows, cell, "greedy")
-    return ", ".join(f"{100 * run.mean():.0f}" for run in runs) if len(runs) > 1 else "-"
+def accuracy(rows, cell, metric):
+    """Accuracy in % as text; of a single run with Wilson's interval, over problems."""
+    x = matrix(rows, cell, metric)
+    e = crossed(x)
+    if len(x) == 1 and x.size:
+        e.low, e.high = wilson(e.mean, x.size)
+    return said(e, 100, 1)
 
 
-def accuracy_table(about, rows):
-    """The paper's first table: greedy, pass@4, average train reward."""
+def accuracy_table(about, rows, cells):
+    """The paper's first table: greedy, pass@4, average train reward. And greedy accuracy by seed:
+    where three of ten runs take off, none of five does in 0.7^5 = 17 % of cases, so an interval of
+    the mean covers about 84 %, and hides why."""
     lines = []
-    for cell in [BASE, *map(tuple, about["cells"])]:
-        greedy, passed = (said(estimate(rows, cell, m), 100, 1) for m in ("greedy", "pass"))
-        reward = "-" if cell == BASE else said(estimate(rows, cell, "reward"))
-        line = [*labels(rows, cell, about["seeds"]), reward, greedy, by_seed(rows, cell), passed]
-        lines.append([*line, published(cell, slice(0, 3))])
-    heads = ["rule", "rank", "sharpening", "seeds", "mean train reward", "greedy, %", "by seed"]
+    for cell in [BASE, *cells]:
+        reward = "-" if cell == BASE else said(crossed(matrix(rows, cell, "reward")))
+        runs = matrix(rows, cell, "greedy")
+        by_seed = ", ".join(f"{100 * run.mean():.0f}" for run in runs) if len(runs) > 1 else "-"
+        line = [*labels(about, rows, cell), reward, accuracy(rows, cell, "greedy"), by_seed]
+        lines.append([*line, accuracy(rows, cell, "pass"), published(cell, slice(0, 3))])
     title = (
         f"Table 1. Accuracy on {about['problems']} held-out problems after {about['steps']} steps "
         f"of {about['prompts']} x {about['samples']} rollouts [95 % over seeds and problems]"
     )
+    heads = ["rule", "rank", "sharpening", "seeds", "mean train reward", "greedy, %", "by seed"]
     return table(title, [*heads, "pass@4, %", "paper: greedy / pass@4 / reward"], lines)
 
 
-def concentration_table(about, rows):
+def concentration_table(about, rows, cells):
     """The paper's second table: Gini and effective-token ratio, the mean over training."""
     lines = []
-    for cell in map(tuple, about["cells"]):
-        both = [said(estimate(rows, cell, m)) for m in ("gini", "effective_token_ratio")]
-        lines.append([*labels(rows, cell, about["seeds"]), *both, published(cell, slice(3, 5))])
+    for cell in cells:
+        gini, ratio = (crossed(matrix(rows, cell, m)) for m in ("gini", "effective_token_ratio"))
+        line = [*labels(about, rows, cell), said(gini), said(ratio)]
+        lines.append([*line, published(cell, slice(3, 5))])
     heads = ["rule", "rank", "sharpening", "seeds", "Gini", "effective-token ratio", "paper"]
     return table("Table 2. Concentration, mean over training [95 % over seeds]", heads, lines)
 
 
-def comparisons(about):
-    """What is compared with what: every setting with uniform at its rank, and ARCA with its two
-    controls."""
-    cells = [tuple(cell) for cell in about["cells"]]
-    pairs = [(c, ("uniform", c[1], 1.0)) for c in cells if c[0] != "uniform"]
-    for arca in (c for c in cells if c[0] == "arca"):
-        others = (("permuted", *arca[1:]), ("random", *arca[1:]))
-        pairs += [(arca, other) for other in others if other in cells]
-    return pairs
+def difference_table(about, rows, cells):
+    """Paired differences in every outcome: of each setting from uniform at its rank, and of ARCA
+    from its controls. Claims choose among the outcomes, so Holm's correction is for all tests of
+    the table."""
+    # What is compared with what.
+    pairs = [(cell, ("uniform", cell[1], 1.0)) for cell in cells if cell[0] != "uniform"]
+    for arca in [cell for cell in cells if cell[0] == "arca"]:
+        controls = [("permuted", *arca[1:]), ("random", *arca[1:])]
+        pairs += [(arca, control) for control in controls if control in cells]
 
-
-def compared(x) -> Estimate | None:
-    """A paired difference (S, P) and its p; of one pair of evaluations the exact McNemar test and
-    its interval, which also hold where few problems differ."""
-    if not x.size:
-        return None
-    if len(x) > 1 or x.shape[1] == 1:
-        return crossed(x)
-    lost, won = int((x < 0).sum()), int((x > 0).sum())
-    return Estimate(*paired_difference(lost, won, x.size), mcnemar(lost, won), 1)
-
-
-def shown(p):
-    """A p-value as text."""
-    return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def difference_table(about, rows):
-    """Paired differences in every outcome: on the same problems, with the same seeds. Claims choose
-    among the outcomes, so Holm's correction is for all tests of the table."""
-    pairs = comparisons(about)
-    found = [[compared(paired(rows, a, b, m)) for m, *_ in OUTCOMES] for a, b in pairs]
-    ps = [e.p if e else math.nan for row in found for e in row]
+    # The differences, and the p-values of all together.
+    found = [[crossed(paired(rows, a, b, m)) for m, *_ in OUTCOMES] for a, b in pairs]
+    ps = [e.p for row in found for e in row]
     corrected = iter(holm(ps))
     lines = []
     for (a, b), row in zip(pairs, found, strict=True):
-        rule, rank, power, _ = labels(rows, a, about["seeds"])
-        count = len(paired(rows, a, b, "reward"))
-        line = [rule, f"- {b[0]}", rank, power, str(count)]
+        rule, rank, power, _ = labels(about, rows, a)
+        line = [rule, f"- {b[0]}", rank, power, str(row[0].seeds)]
         for e, (_, _, scale, digits) in zip(row, OUTCOMES, strict=True):
             line += [said(e, scale, digits), shown(next(corrected))]
         lines.append(line)
     heads = ["rule", "against", "rank", "sharpening", "pairs"]
     heads += [head for _, name, _, _ in OUTCOMES for head in (name, "Holm")]
-    tests = sum(not math.isnan(p) for p in ps)
     title = (
         "Table 3. Paired differences [95 %, each by itself], and p-values corrected by Holm for "
+        f"the {sum(not math.isnan(p) for p in ps)} tests of this table"
     )
-    return table(title + f"the {tests} tests of this table", heads, lines)
-
-
-def gain_table(about, rows):
-    """Greedy accuracy after training minus before it, on the same problems."""
-    before = matrix(rows, BASE, "greedy")  # (1, P), or (0,) without a run
-    lines = []
-    for cell in map(tuple, about["cells"]):
-        after = matrix(rows, cell, "greedy")  # (S, P)
-        e = compared(after - before if after.size and before.size else after[:0])
-        lines.append([*labels(rows, cell, about["seeds"]), said(e, 100, 1)])
-    title = "Table 4. Greedy accuracy after training minus before it, points"
-    return table(title, ["rule", "rank", "sharpening", "seeds", "gain [95 %]"], lines)
+    return table(title, heads, lines)
 
 
 def tables(about, rows) -> str:
     """All tables as one text."""
-    makers = (accuracy_table, concentration_table, difference_table, gain_table)
-    return "\n\n".join(make(about, rows) for make in makers)
+    cells = [tuple(cell) for cell in about["cells"]]
+    makers = (accuracy_table, concentration_table, difference_table)
+    return "\n\n".join(make(about, rows, cells) for make in makers)
+
+
+def draw_curve(ax, runs, width, label, colour, dashes):
+    """Draw the mean reward of runs by step, each point of `width` steps, and its 95 % band."""
+    weights = np.ones(width) / width
+    smooth = [np.convolve(np.array(row["reward"], float), weights, "valid") for row in runs]
+    points = [crossed(np.array(step)[:, None]) for step in zip(*smooth, strict=True)]
+    steps = np.arange(len(points)) + (width + 1) / 2
+    ax.plot(steps, [e.mean for e in points], dashes, color=colour, label=label)
+    ends = [[e.low for e in points], [e.high for e in points]]
+    ax.fill_between(steps, *ends, color=colour, alpha=0.15, linewidth=0)
+
+
+def draw(about, rows, path):
+    """Draw the learning curves: a panel for each rule, beside uniform, all at the main rank."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the figure needs matplotlib: pip install matplotlib") from None
+    rank, width = about["rank"], min(5, about["steps"])
+    rules = dict.fromkeys(rule for rule, *_ in about["cells"] if rule != "uniform")
+    figure = Figure(figsize=(8, 5), dpi=160, layout="constrained")
+    axes = figure.subplots(math.ceil(len(rules) / 3), 3, sharex=True, sharey=True, squeeze=False)
+    for ax, rule in zip(axes.flat, rules, strict=False):
+        for label, cell, *look in (
+            ("uniform", ("uniform", rank, 1.0), "#555555", "-"),
+            ("sharpening 2", (rule, rank, 2.0), "#d55e00", "-"),
+            ("sharpening 1", (rule, rank, 1.0), "#0072b2", "--"),
+        ):
+            draw_curve(ax, in_cell(rows, cell).values(), width, label, *look)
+        ax.set(title=rule, ylim=(0, 1))
+    axes[0, 0].legend(loc="lower right", frameon=False)
+    figure.supxlabel("step")
+    figure.supylabel(f"train reward, mean of {width} steps")
+    figure.savefig(path)
 
 
 def main():
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else default_file()
-    print(tables(*read_results(path)))
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="?", default=default_file(), help="of sweep.py")
+    parser.add_argument("--figure", help="a PNG to draw the learning curves to")
+    args = parser.parse_args()
+    about, rows = read_results(args.results)
+    print(tables(about, rows))
+    if args.figure:
+        draw(about, rows, args.figure)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def intervals(text):
 def sweep_tables():
     """What tables.py prints of the results of the sweeps."""
     files = [RESULTS / "tiny.json", RESULTS / "chat.json"]
-    return "\n".join(tables.tables(*read_results(path)) for path in files)
+    return "\n\n".join(tables.tables(*read_results(path)) for path in files)
 
 
 @pytest.fixture(scope="module")
