@@ -36,8 +36,7 @@ def sample_signals(cfg) -> credit.Signals:
     training = Settings(credit="arca", samples=1, **how)
     rollout = grpo.sample_rollout(model, tokenizer, problems, training, 0)
     rollout.completions.check()
-    nothing = torch.zeros(len(problems))
-    return grpo.update(model, None, rollout, nothing, training, compare=True)[1]
+    return grpo.update(model, None, rollout, torch.zeros(len(problems)), training, compare=True)[1]
 
 
 def concentration(rule, signals, power):

@@ -47,8 +47,7 @@ FEW = 50  # problems that training evaluates on; eval_math.py does all of them a
 # Settings of train.py that a sweep may have otherwise, the same for all its runs.
 BUDGET = """steps prompts samples max_new_tokens eval_problems lr micro_batch_tokens
     model revision data eval_data device dtype chat system thinking"""
-# How far numbers may lie apart that another processor rounds otherwise: one that did differed by up
-# to 3e-4 in Gini. Another outcome moves the reward of a step by 1/128.
+# How far a Gini may be off where a processor rounds otherwise; an outcome moves a reward by 1/128.
 ROUNDING = 1e-3
 
 
@@ -86,8 +85,8 @@ def words(script, settings):
 
 def refuse_others(place, stored, wanted):
     """UserError if what a place holds was made with other settings than are wanted."""
-    others = [name for name in wanted if stored.get(name) != wanted[name]]
-    others = [name for name in others if name not in CHANGEABLE]
+    fixed = [name for name in wanted if name not in CHANGEABLE]
+    others = [name for name in fixed if stored.get(name) != wanted[name]]
     if others:
         raise UserError(f"{place} was made with other {', '.join(others)}: give another --out")
 
@@ -96,8 +95,7 @@ def next_command(run):
     """What is to be done next for a run, as words; None when all is done. UserError if its folder
     holds a run of other settings."""
     folder = Path(run.out)
-    names = (*FLAGS, "chat", "max_new_tokens", "temperature", "top_p")
-    flags = {name: getattr(run, name) for name in names}
+    # Train, or go on with it.
     if run.credit != "base":
         training = replace(run, eval_problems=min(FEW, run.eval_problems), eval_samples=0)
         if not (folder / "config.json").exists():
@@ -106,22 +104,26 @@ def next_command(run):
         evals = read_rows(folder / "evals.jsonl")
         if not evals or evals[-1]["step"] < run.steps:
             return ["train.py", "--resume", run.out]
-        flags["adapter"] = folder / "adapter"
+    # Evaluate.
     answers = folder / "answers.jsonl"
-    flags |= dict(data=run.eval_data or run.data, problems=run.eval_problems, out=answers)
-    flags["samples"] = run.eval_samples
-    return None if answers.exists() else words("eval_math.py", flags)
+    if answers.exists():
+        return None
+    names = (*FLAGS, "chat", "max_new_tokens", "temperature", "top_p")
+    flags = {name: getattr(run, name) for name in names}
+    flags["data"] = run.eval_data or run.data
+    flags["adapter"] = "" if run.credit == "base" else folder / "adapter"
+    count = dict(problems=run.eval_problems, samples=run.eval_samples)
+    return words("eval_math.py", flags | count | dict(out=answers))
 
 
 def start(run, command):
     """Start a command, which writes to the run's log.txt; returns the process."""
     Path(run.out).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / command[0]), *command[1:]]
-    one_thread = os.environ | dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    env = os.environ | dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     with open(Path(run.out) / "log.txt", "ab") as log:
-        how = dict(stdout=log, stderr=log, env=one_thread)
         # A session of its own: a Ctrl-C in the terminal is ours to pass on, once.
-        return subprocess.Popen(command, start_new_session=True, **how)
+        return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
 
 
 def work_through(runs, jobs):
@@ -156,8 +158,7 @@ def work_through(runs, jobs):
 
 
 def near(row, kept):
-    """Whether a row has the outcomes of the same run among those kept, and numbers that differ from
-    its by at most ROUNDING."""
+    """Whether a row is that of the same run among those kept, but for rounding."""
     other = in_cell(kept, (row["rule"], row["rank"], row["sharpening"])).get(row["seed"], {})
     same = all(row[key] == other.get(key) for key in row if key not in CURVES)
     a, b = (np.array([x for key in CURVES for x in r.get(key, [])], float) for r in (row, other))
@@ -183,6 +184,7 @@ def plan(args, out):
     """What results.json says of a sweep, and its runs: the untrained model, then seed by seed, so
     that a sweep that is cut short compares all rules. UserError if the flags make no sense, or the
     folder holds another sweep."""
+    # What all runs share.
     settings, ranks, seeds, rules = PRESETS[args.preset]
     given = {name: getattr(args, name) for name in BUDGET.split()}
     shared = Settings(**settings | {name: x for name, x in given.items() if x is not None})
@@ -195,6 +197,7 @@ def plan(args, out):
     about |= {name: getattr(shared, name) for name in BUDGET.split()}
     if (out / "results.json").exists():
         refuse_others(out, read_results(out / "results.json")[0], about)
+    # Each one.
     seeds = list(dict.fromkeys(args.seeds or seeds))
     compared = cells(rules, ranks, not args.no_controls)
     runs = [run_of(BASE, seeds[0], shared, out)]

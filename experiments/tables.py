@@ -62,10 +62,9 @@ def table(title, heads, lines):
 def labels(about, rows, cell):
     """The first columns of a line: rule, rank, sharpening, how many seeds."""
     rule, rank, power = cell
-    n = len(in_cell(rows, cell))
-    wanted = len(about["seeds"])
-    count = str(n) if n == wanted or rule == "base" else f"{n} of {wanted}"
-    return [rule, str(rank or "-"), "-" if rule in ("base", "uniform") else f"{power:g}", count]
+    done, wanted = len(in_cell(rows, cell)), len(about["seeds"])
+    seeds = str(done) if done == wanted or rule == "base" else f"{done} of {wanted}"
+    return [rule, str(rank or "-"), "-" if rule in ("base", "uniform") else f"{power:g}", seeds]
 
 
 def published(cell, columns):
@@ -87,9 +86,8 @@ def accuracy(rows, cell, metric):
 
 
 def accuracy_table(about, rows, cells):
-    """The paper's first table: greedy, pass@4, average train reward. And greedy accuracy by seed:
-    where three of ten runs take off, none of five does in 0.7^5 = 17 % of cases, so an interval of
-    the mean covers about 84 %, and hides why."""
+    """The paper's first table; and greedy accuracy by seed, as an interval of runs of which some
+    take off and others do not covers less than 95 %, and hides why."""
     lines = []
     for cell in [BASE, *cells]:
         reward = "-" if cell == BASE else said(crossed(matrix(rows, cell, "reward")))
