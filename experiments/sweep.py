@@ -210,6 +210,8 @@ def main():
     args = parse_flags()
     out = Path(args.out or f"runs/sweep-{args.preset}")
     about, runs = plan(args, out)
+    for run in runs:
+        next_command(run)  # refuses a folder of other settings before anything is written
     results = out / "results.json"
     if not results.exists():
         write_results(results, about, [])

@@ -139,8 +139,10 @@ def test_other_settings_are_refused(tmp_path, house, monkeypatch, capsys):
             call(monkeypatch, *flags, *changed)
     path = tmp_path / "arca-r16-p2-s1" / "config.json"
     path.write_text(path.read_text().replace('"lr": 0.0002', '"lr": 0.5'))
+    (tmp_path / "results.json").unlink()
     with pytest.raises(UserError, match="arca-r16-p2-s1 was made with other lr"):
         call(monkeypatch, *flags)
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_the_paper_s_seven_runs(tmp_path):
