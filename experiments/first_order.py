@@ -231,7 +231,16 @@ def parts_of(completions, tokenizer):
     answer = (classes == CLASSES.index("answer")) & ~first
     end = (classes == CLASSES.index("eos")) & ~first
     by_class = [classes == i for i in range(5)]
-    return torch.stack([first, ~(first | answer | end), answer, end, *by_class]) & mask
+
+    # Where a sentence or a formula begins: after a full stop, after a dollar sign.
+    ids = completions.tokens.unique()
+    pieces = tokenizer.pieces(ids.tolist())
+    before = completions.tokens.roll(1, dims=1)
+    stops, dollars = (
+        torch.isin(before, ids[[piece.strip() == sign for piece in pieces]]) for sign in ".$"
+    )
+    by_place = [first | stops, dollars & ~first]
+    return torch.stack([first, ~(first | answer | end), answer, end, *by_class, *by_place]) & mask
 
 
 # ---- A checkpoint --------------------------------------------------------------------------------
@@ -301,8 +310,8 @@ def rounded(x):
     return float(f"{x:.4g}") if isinstance(x, float) else x
 
 
-def measure_run(folder, steps, N, out):
-    """Measure all rules at steps of a run and add them to a results file, checkpoint by
+def measure_run(folder, steps, N, out, rules):
+    """Measure rules at steps of a run and add them to a results file, checkpoint by
     checkpoint; what it already has is not measured again."""
     about, rows = read_results(out) if out.exists() else ({}, [])
     for step in steps:
@@ -316,7 +325,7 @@ def measure_run(folder, steps, N, out):
         if any(at.items() <= row.items() for row in rows):
             print(f"{at}: in {out} already", flush=True)
             continue
-        found = measure(opened, step, ALL, N)
+        found = measure(opened, step, rules, N)
         for rule in found:
             rows.append(at | dict(rule=label(rule)) | rounded(summary(found, rule, N, cfg.lr)))
         write_results(out, about, rows)
@@ -372,15 +381,18 @@ def main():
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[0, 5, 10], help="of its checkpoints"
     )
+    known = {label(rule): rule for rule in ALL}
+    text = "with --run: which, such as arca/2 (the number is the sharpening); default: all"
+    parser.add_argument("--rules", nargs="+", choices=known, default=list(known), help=text)
     parser.add_argument("--batches", type=int, default=20, help="at each checkpoint")
     default = str(ROOT / "experiments/results/first_order.json")
     parser.add_argument("--out", default=default, help="the results of all rules, a JSON file")
     a = parser.parse_args(or_zero=("steps",))
     if a.credit and a.credit not in METHODS:
-        known = f"there are {', '.join(METHODS)}"
+        names = f"there are {', '.join(METHODS)}"
         add = f'write it in credit.py and add METHODS["{a.credit}"] = Rule({a.credit})'
         raise UserError(
-            f'no credit rule {a.credit!r}: {add} (README.md, "A rule of your own"); {known}'
+            f'no credit rule {a.credit!r}: {add} (README.md, "A rule of your own"); {names}'
         )
     torch.set_num_threads(1)  # so that sums are rounded alike
     if a.credit:
@@ -388,7 +400,7 @@ def main():
         folder = a.run or train_run(OWN_RUN, *flags.split())
         return score_rule((a.credit, a.sharpening), folder, a.steps, a.batches)
     if a.run:
-        measure_run(a.run, a.steps, a.batches, Path(a.out))
+        measure_run(a.run, a.steps, a.batches, Path(a.out), [known[name] for name in a.rules])
     report(read_results(Path(a.out))[1])
 
 

@@ -8,8 +8,8 @@ from experiments.tables import table
 from run.metrics import CLASSES, rank_correlation
 
 # Parts of a completion: each token is in one of the first four, and in one of the classes or in
-# the answer or the end.
-PARTS = ("first", "work", "answer", "end", *CLASSES[:5])
+# the answer or the end. `sentence` and `formula` are where one begins; others overlap with them.
+PARTS = ("first", "work", "answer", "end", *CLASSES[:5], "sentence", "formula")
 
 
 def label(rule):
