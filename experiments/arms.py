@@ -64,6 +64,19 @@ ARMS = {  # settings of each arm's runs
     "uniform_64": dict(TABLE_1, credit="uniform", prompts=64),
     "arca_64": dict(TABLE_1, credit="arca", prompts=64),
 }
+for rule, power in (("uniform", 1.0), ("surprisal", 1.0), ("arca", 1.0), ("arca", 2.0)):
+    for factor in (0.25, 0.5, 2.0):
+        own = dict(credit=rule, sharpening=power, lr=Settings.lr * factor)
+        ARMS[f"{rule}_{power:g}_rate_{factor:g}"] = TABLE_1 | own
+for bed in ("slips", "three", "format"):
+    for name in ("uniform_1", "surprisal_1", "divergence_1", "permuted_2", "arca_1", "arca_2"):
+        rule, power = name.split("_")
+        own = dict(model=bed, data=bed, dtype="fp32", eval_problems=200)
+        own.update(credit=rule, sharpening=float(power))
+        ARMS[f"{bed}_{name}"] = TABLE_1 | own
+        if bed == "three":
+            ARMS[f"{bed}_{name}"]["max_new_tokens"] = 192
+ARMS["three_cut_2"] = ARMS["three_arca_2"] | dict(credit="answer_cut")
 
 
 # ---- The rules -----------------------------------------------------------------------------------
@@ -165,7 +178,7 @@ def train_arm(cfg, n=CONTINUATIONS):
     return dict(greedy=greedy, reward=rewards, grad_norm=norms)
 
 
-def make(path, arms):
+def make(path, arms, seeds):
     """Add the runs of these arms that a results file lacks, seed by seed; return all rows. The file
     is written after each run."""
     about, rows = dict(arms=ARMS), []
@@ -174,7 +187,7 @@ def make(path, arms):
     if about != dict(arms=ARMS):
         raise UserError(f"{path} holds runs of other settings: move it away")
     done = {(row["arm"], row["seed"]) for row in rows}
-    missing = [(arm, seed) for seed in SEEDS for arm in arms if (arm, seed) not in done]
+    missing = [(arm, seed) for seed in seeds for arm in arms if (arm, seed) not in done]
     for arm, seed in tqdm(missing, desc="runs", mininterval=0):
         found = train_arm(Settings(**ARMS[arm], seed=seed))
         rows.append(dict(arm=arm, seed=seed) | found)
@@ -277,11 +290,12 @@ def tables(rows):
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--out", default="", help="the results; default: results/causal.json")
     a = parser.parse_args()
     torch.set_num_threads(1)  # so that sums are rounded alike
     path = Path(a.out or default_file().with_name("causal.json"))
-    print(tables(make(path, a.arms)))
+    print(tables(make(path, a.arms, a.seeds)))
 
 
 if __name__ == "__main__":
