@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 import grpo
 from credit import METHODS, token_weights
-from experiments.first_order_report import HEADS, PARTS, label, line_of, report, side
+from experiments.first_order_report import PARTS, label, report, shown, side
 from experiments.rows import read_results, write_results
 from experiments.tables import table
 from experiments.truth import open_run, train_run
@@ -67,6 +67,7 @@ UNSHARPENED = ("uniform", "delta", "gcpo_linear", "eapo", "forking", "entropy_ad
 ALL = [(name, p) for name in METHODS for p in (1.0, 2.0) if p == 1 or name not in UNSHARPENED]
 PLAIN = ("plain", 1.0)  # g itself, as if it were a rule
 SHARED = (
+    "model",
     "steps",
     "prompts",
     "samples",
@@ -331,6 +332,20 @@ def measure_run(folder, steps, N, out, rules):
         write_results(out, about, rows)
 
 
+HEADS = ["step", "rule", "AdamW's gain", "in points", "raw gain", "length", "signal share"]
+HEADS += ["cos(E u, g*)", "gain: first", "work", "answer", "noise"]
+
+
+def line_of(row, begin):
+    """Return a row's cells: what it buys, its length, how sure, and where gain and noise sit."""
+    names = (("adam", 2), ("points", 2), ("raw", 2), ("length", 2), ("share", 3), ("cosine", 2))
+    cells = [shown(row[name], digits) for name, digits in names]
+    cells += [shown(row["gain"][part]) for part in ("first", "work", "answer")]
+    noise = [row["noise"][part][0] for part in PARTS[:4]]
+    answer = 100 * noise[2] / max(sum(noise), 1e-30)
+    return [*begin, *cells, f"{sum(noise):.1f}, {answer:.0f} % in the answer"]
+
+
 # ---- One rule ------------------------------------------------------------------------------------
 CAVEAT = """What this cannot tell. It is the first order of one step, on one seed's policies of
 steps {}: no curvature (real steps gain less), nothing of later phases, nothing of where a run
@@ -401,7 +416,7 @@ def main():
         return score_rule((a.credit, a.sharpening), folder, a.steps, a.batches)
     if a.run:
         measure_run(a.run, a.steps, a.batches, Path(a.out), [known[name] for name in a.rules])
-    report(read_results(Path(a.out))[1])
+    report(*read_results(Path(a.out)))
 
 
 if __name__ == "__main__":
