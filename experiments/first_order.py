@@ -66,19 +66,8 @@ OTHERS = ("uniform", "permuted", "arca")  # what --credit compares a rule with
 UNSHARPENED = ("uniform", "delta", "gcpo_linear", "eapo", "forking", "entropy_advantage")
 ALL = [(name, p) for name in METHODS for p in (1.0, 2.0) if p == 1 or name not in UNSHARPENED]
 PLAIN = ("plain", 1.0)  # g itself, as if it were a rule
-SHARED = (
-    "model",
-    "steps",
-    "prompts",
-    "samples",
-    "max_new_tokens",
-    "temperature",
-    "rank",
-    "alpha",
-    "lr",
-    "advantage",
-    "aggregate",
-)
+SHARED = "model steps prompts samples max_new_tokens temperature rank alpha lr advantage aggregate"
+SHARED = SHARED.split()  # what all runs of a results file have in common
 EPSILON = 1e-8  # AdamW's
 NUDGE = 0.03  # how far the adapter is moved for d_t; a step of AdamW is 0.8 long
 
@@ -393,15 +382,15 @@ def main():
     parser.add_argument("--credit", default="", help="score this rule; default: all, into --out")
     parser.add_argument("--sharpening", type=float, default=1.0, help="of --credit")
     parser.add_argument("--run", default="", help="a run with --keep-checkpoints; default: its own")
-    parser.add_argument(
-        "--steps", type=int, nargs="+", default=[0, 5, 10], help="of its checkpoints"
-    )
+    text = "of its checkpoints"
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 5, 10], help=text)
     known = {label(rule): rule for rule in ALL}
     text = "with --run: which, such as arca/2 (the number is the sharpening); default: all"
     parser.add_argument("--rules", nargs="+", choices=known, default=list(known), help=text)
     parser.add_argument("--batches", type=int, default=20, help="at each checkpoint")
+    text = "the results of all rules, a JSON file"
     default = str(ROOT / "experiments/results/first_order.json")
-    parser.add_argument("--out", default=default, help="the results of all rules, a JSON file")
+    parser.add_argument("--out", default=default, help=text)
     a = parser.parse_args(or_zero=("steps",))
     if a.credit and a.credit not in METHODS:
         names = f"there are {', '.join(METHODS)}"

@@ -110,15 +110,12 @@ def trained(model):
     if model != "tiny":
         rows = read_results(default_file().with_name("arms.json"))[1]
         rows = [row | dict(rule=row["arm"], rank=0, sharpening=0) for row in rows]
-        names = {row["arm"] for row in rows if row["arm"].startswith(f"{model}_")}
+        names = sorted({row["arm"] for row in rows if row["arm"].startswith(f"{model}_")})
         cells = {name.removeprefix(f"{model}_").replace("_", "/"): (name, 0, 0) for name in names}
-        return _differences(rows, cells)
-    about, rows = read_results(default_file())
-    cells = [cell for cell in about["cells"] if cell[1] == about["rank"]]
-    return _differences(rows, {label((cell[0], cell[2])): tuple(cell) for cell in cells})
-
-
-def _differences(rows, cells):
+    else:
+        about, rows = read_results(default_file())
+        cells = [tuple(cell) for cell in about["cells"] if cell[1] == about["rank"]]
+        cells = {label((cell[0], cell[2])): cell for cell in cells}
     base = cells["uniform/1"]
     return {
         rule: crossed(paired(rows, cell, base, "reward"))

@@ -42,12 +42,13 @@ def printed(sweep_tables):
         for power in (1, 2):
             oracle_report.print_measured(oracle["measured"], power)
         oracle_report.print_trained(oracle["trained"])
-        first_order_report.report(read_results(RESULTS / "first_order.json")[1])
+        for path in RESULTS.glob("first_order*.json"):
+            first_order_report.report(*read_results(path))
         theory.print_table(read_json(RESULTS / "theory.json"))
         for found in read_json(RESULTS / "real.json")["after"].values():
             concentration.show(found["rules"], found)
-    causal = arms.tables(read_results(RESULTS / "causal.json")[1])
-    return sweep_tables + causal + out.getvalue()
+    trained = arms.tables(read_results(RESULTS / "arms.json")[1])
+    return sweep_tables + trained + out.getvalue()
 
 
 def test_no_interval_of_the_results_without_a_source(printed):
