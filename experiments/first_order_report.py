@@ -10,13 +10,13 @@ from run.metrics import CLASSES, rank_correlation
 # Parts of a completion: each token is in one of the first four, and in one of the classes or in
 # the answer or the end. `sentence` and `formula` are where one begins; others overlap with them.
 PARTS = ("first", "work", "answer", "end", *CLASSES[:5], "sentence", "formula")
-NUMBERS = {  # of a rule at a checkpoint: name, what it is
-    "adam": "Gain of an AdamW step, uniform = 1",
-    "points": "The same in points of mean reward",
-    "raw": "Gain of a step of fixed length along u, uniform = 1",
-    "length": "Length of u (rms), uniform = 1",
-    "share": "Signal share of a batch",
-    "cosine": "Bias: cos(E u, g*)",
+NUMBERS = {  # of a rule at a checkpoint
+    "adam": "gain of an AdamW step",
+    "points": "the same in points of reward",
+    "raw": "gain of a step of fixed length",
+    "length": "length of u (rms)",
+    "share": "signal share of a batch",
+    "cosine": "cos(E u, g*)",
 }
 
 
@@ -84,23 +84,23 @@ def by_checkpoint(rows, name, rules):
                 at[row["trajectory"], row["step"]].append(row)
         lines.append([rule, *(shown(number(here, name)) for here in at.values())])
     heads = ["rule", *(f"{run}, {step}" for run, step in places)]
-    return table(f"{NUMBERS[name]}. Trajectory, step: mean of seeds ± error", heads, lines)
+    return table(f"{NUMBERS[name]}, by trajectory and step: mean of seeds ± error", heads, lines)
 
 
-def by_part(rows, rules, title):
-    """Return the table of where gain and noise sit, as shares of uniform's; noise in the answer
-    also as a percentage of the rule's own."""
+def by_rule(rows, title):
+    """Return all numbers of each rule in some rows, where its gain and its noise sit (of uniform's
+    total), and how much of its noise is in the answer."""
     kinds = ("first", "sentence", "formula", "work", "answer")
     lines = []
-    for rule in rules:
+    for rule in dict.fromkeys(row["rule"] for row in rows):
         own = [row for row in rows if row["rule"] == rule]
-        line = [rule, *(shown(number(own, "gain", part)) for part in kinds)]
-        noise = {part: number(own, "noise", part) for part in PARTS[:4]}
+        noise = {part: number(own, "noise", part) or [0, 0] for part in PARTS[:4]}
         total = sum(x[0] for x in noise.values())
-        percent = 100 * noise["answer"][0] / max(total, 1e-30)
-        line += [shown(noise["work"], 1), shown(noise["answer"], 1), f"{percent:.0f} %"]
-        lines.append(line)
-    heads = ["rule", *(f"gain: {part}" for part in kinds)]
+        line = [rule, *(shown(number(own, name)) for name in NUMBERS)]
+        line += [shown(number(own, "gain", part)) for part in kinds]
+        line += [shown(noise["work"], 1), shown(noise["answer"], 1)]
+        lines.append([*line, f"{100 * noise['answer'][0] / max(total, 1e-30):.0f} %"])
+    heads = ["rule", *NUMBERS, *(f"gain: {part}" for part in kinds)]
     return table(title, [*heads, "noise: work", "answer", "of its own"], lines)
 
 
@@ -158,6 +158,5 @@ def report(about, rows):
         early = sorted({row["step"] for row in own} - {0})[:2]
         own = [row for row in own if row["step"] in early]
         where = f"{about['model']}, {trajectory}'s steps {' and '.join(map(str, early))}"
-        title = f"{where}: where gain and noise sit, uniform's total = 1"
-        print(by_part(own, rules, title) + "\n")
+        print(by_rule(own, f"{where}, uniform = 1") + "\n")
         print(held_against(own, trained(about["model"]), where) + "\n")
