@@ -1,6 +1,6 @@
 """The credit of every rule on a right and a wrong completion of a run, as a figure.
 
-    python -m view.credit_figure RUN --out docs/credit.png
+python -m view.credit_figure RUN --out docs/credit.png
 """
 
 import warnings
