@@ -6,18 +6,14 @@ Completions are scored again with the adapter scaled by c (1 is as trained). Wei
 (a_t + eps) / sum_k (a_k + eps). Their distances are L1, at most 2. beta is the largest residual
 ||dh_t|| of a completion, L the largest singular value of the head.
 
-**Proposition 1**: surprisal's weights move by at most 4 L beta / sum_t a_t, a_t being the base
-model's. A token's log-prob moves by at most 2 L beta, and if scores move by d_t, weights move by at
-most 2 sum_t d_t / sum_t a_t. But a sum over T tokens is T times 2 L beta: the bound lacks a factor
-T, and tests/test_theory.py has a case that exceeds it.
-
-**Proposition 2**: divergence's weights are uniform under a dominating floor eps, and under a
-negligible one those without it. Exactly: a floor of f times the completion's mean score leaves
-1 / (1 + f) of their distance from uniform.
-
-**Scale**: to first order in c the residual is c times a fixed vector, so ARCA's weights do not
-depend on c; nor do divergence's, whose score is c times a fixed number. Layers and the final norm
-are not linear, so this must fail for a large c.
+**Proposition 1**: surprisal's weights move by at most 4 L beta / sum_t a_t from the base model's,
+whose scores are a_t. A token's log-prob moves by at most 2 L beta, and where scores move by d_t,
+weights move by at most 2 sum_t d_t / sum_t a_t. But the sum over T tokens is T times 2 L beta: the
+bound lacks a factor T. **Proposition 2**: a dominating floor eps makes divergence's weights
+uniform, a negligible one leaves them: one of f mean scores leaves 1 / (1 + f) of their distance.
+**Scale**: to first order in c ARCA's residual is c times a fixed vector, and divergence's score c
+times a fixed number, so neither's weights depend on c. Layers are not linear: for a large c they
+must. tests/test_theory.py has what is exact of all this.
 """
 
 import sys

@@ -118,10 +118,9 @@ def prefix_values(model, rollout, rows, cfg, eos_ids, grade, n, least=64, step=0
     return V, visits
 
 
-# ---- A checkpoint of a run, and what the rules read ---------------------------------------------
+# ---- A checkpoint of a run, and what the rules read ----------------------------------------------
 def train_run(folder, *flags):
-    """Train a run with these flags of train.py, unless it is there; one cut short goes on. Returns
-    its folder; UserError if it cannot be trained."""
+    """Train a run with these flags of train.py, or what is missing of it; return its folder."""
     args = [*flags, "--out", folder]
     if (Path(folder) / "config.json").exists():
         args = ["--resume", folder]

@@ -178,7 +178,7 @@ def test_a_summary_keeps_sides_and_classes_apart():
     side = np.zeros((2, len(CLASSES)))  # right, wrong
     side[0, 1] = side[1, 3] = 4
     batch = dict(tokens=side + 1, delta=side / 100, noise=np.array([0.01, 0.03]))
-    batch |= {"chance": np.array([0.1, 0.2]), "arca/1": np.array([[0.1, 0.3], [0.2, 0.5]])}
+    batch |= {"arca/1": np.array([[0.1, 0.3], [0.2, 0.5]])}
     found = summary([batch, batch])
     assert (found["completions"], found["problems"]) == (4, 2)
     assert found["delta"]["right"] == {name: float(name == "digits") for name in CLASSES}
