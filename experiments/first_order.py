@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 import grpo
 from credit import METHODS, token_weights
-from experiments.first_order_report import HEADS, PARTS, label, line_of, report, side
+from experiments.first_order_report import PARTS, label, report, shown, side
 from experiments.rows import read_results, write_results
 from experiments.tables import table
 from experiments.truth import open_run, train_run
@@ -66,18 +66,8 @@ OTHERS = ("uniform", "permuted", "arca")  # what --credit compares a rule with
 UNSHARPENED = ("uniform", "delta", "gcpo_linear", "eapo", "forking", "entropy_advantage")
 ALL = [(name, p) for name in METHODS for p in (1.0, 2.0) if p == 1 or name not in UNSHARPENED]
 PLAIN = ("plain", 1.0)  # g itself, as if it were a rule
-SHARED = (
-    "steps",
-    "prompts",
-    "samples",
-    "max_new_tokens",
-    "temperature",
-    "rank",
-    "alpha",
-    "lr",
-    "advantage",
-    "aggregate",
-)
+SHARED = "model steps prompts samples max_new_tokens temperature rank alpha lr advantage aggregate"
+SHARED = SHARED.split()  # what all runs of a results file have in common
 EPSILON = 1e-8  # AdamW's
 NUDGE = 0.03  # how far the adapter is moved for d_t; a step of AdamW is 0.8 long
 
@@ -231,7 +221,16 @@ def parts_of(completions, tokenizer):
     answer = (classes == CLASSES.index("answer")) & ~first
     end = (classes == CLASSES.index("eos")) & ~first
     by_class = [classes == i for i in range(5)]
-    return torch.stack([first, ~(first | answer | end), answer, end, *by_class]) & mask
+
+    # Where a sentence or a formula begins: after a full stop, after a dollar sign.
+    ids = completions.tokens.unique()
+    pieces = tokenizer.pieces(ids.tolist())
+    before = completions.tokens.roll(1, dims=1)
+    stops, dollars = (
+        torch.isin(before, ids[[piece.strip() == sign for piece in pieces]]) for sign in ".$"
+    )
+    by_place = [first | stops, dollars & ~first]
+    return torch.stack([first, ~(first | answer | end), answer, end, *by_class, *by_place]) & mask
 
 
 # ---- A checkpoint --------------------------------------------------------------------------------
@@ -301,8 +300,8 @@ def rounded(x):
     return float(f"{x:.4g}") if isinstance(x, float) else x
 
 
-def measure_run(folder, steps, N, out):
-    """Measure all rules at steps of a run and add them to a results file, checkpoint by
+def measure_run(folder, steps, N, out, rules):
+    """Measure rules at steps of a run and add them to a results file, checkpoint by
     checkpoint; what it already has is not measured again."""
     about, rows = read_results(out) if out.exists() else ({}, [])
     for step in steps:
@@ -316,10 +315,24 @@ def measure_run(folder, steps, N, out):
         if any(at.items() <= row.items() for row in rows):
             print(f"{at}: in {out} already", flush=True)
             continue
-        found = measure(opened, step, ALL, N)
+        found = measure(opened, step, rules, N)
         for rule in found:
             rows.append(at | dict(rule=label(rule)) | rounded(summary(found, rule, N, cfg.lr)))
         write_results(out, about, rows)
+
+
+HEADS = ["step", "rule", "AdamW's gain", "in points", "raw gain", "length", "signal share"]
+HEADS += ["cos(E u, g*)", "gain: first", "work", "answer", "noise"]
+
+
+def line_of(row, begin):
+    """Return a row's cells: what it buys, its length, how sure, and where gain and noise sit."""
+    names = (("adam", 2), ("points", 2), ("raw", 2), ("length", 2), ("share", 3), ("cosine", 2))
+    cells = [shown(row[name], digits) for name, digits in names]
+    cells += [shown(row["gain"][part]) for part in ("first", "work", "answer")]
+    noise = [row["noise"][part][0] for part in PARTS[:4]]
+    answer = 100 * noise[2] / max(sum(noise), 1e-30)
+    return [*begin, *cells, f"{sum(noise):.1f}, {answer:.0f} % in the answer"]
 
 
 # ---- One rule ------------------------------------------------------------------------------------
@@ -369,18 +382,21 @@ def main():
     parser.add_argument("--credit", default="", help="score this rule; default: all, into --out")
     parser.add_argument("--sharpening", type=float, default=1.0, help="of --credit")
     parser.add_argument("--run", default="", help="a run with --keep-checkpoints; default: its own")
-    parser.add_argument(
-        "--steps", type=int, nargs="+", default=[0, 5, 10], help="of its checkpoints"
-    )
+    text = "of its checkpoints"
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 5, 10], help=text)
+    known = {label(rule): rule for rule in ALL}
+    text = "with --run: which, such as arca/2 (the number is the sharpening); default: all"
+    parser.add_argument("--rules", nargs="+", choices=known, default=list(known), help=text)
     parser.add_argument("--batches", type=int, default=20, help="at each checkpoint")
+    text = "the results of all rules, a JSON file"
     default = str(ROOT / "experiments/results/first_order.json")
-    parser.add_argument("--out", default=default, help="the results of all rules, a JSON file")
+    parser.add_argument("--out", default=default, help=text)
     a = parser.parse_args(or_zero=("steps",))
     if a.credit and a.credit not in METHODS:
-        known = f"there are {', '.join(METHODS)}"
+        names = f"there are {', '.join(METHODS)}"
         add = f'write it in credit.py and add METHODS["{a.credit}"] = Rule({a.credit})'
         raise UserError(
-            f'no credit rule {a.credit!r}: {add} (README.md, "A rule of your own"); {known}'
+            f'no credit rule {a.credit!r}: {add} (README.md, "A rule of your own"); {names}'
         )
     torch.set_num_threads(1)  # so that sums are rounded alike
     if a.credit:
@@ -388,8 +404,8 @@ def main():
         folder = a.run or train_run(OWN_RUN, *flags.split())
         return score_rule((a.credit, a.sharpening), folder, a.steps, a.batches)
     if a.run:
-        measure_run(a.run, a.steps, a.batches, Path(a.out))
-    report(read_results(Path(a.out))[1])
+        measure_run(a.run, a.steps, a.batches, Path(a.out), [known[name] for name in a.rules])
+    report(*read_results(Path(a.out)))
 
 
 if __name__ == "__main__":

@@ -248,22 +248,22 @@ def test_arms_resume(tmp_path, monkeypatch):
         asked.append((cfg.credit, cfg.prompts, cfg.seed))
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return dict(greedy=0.5, reward=[cfg.seed / 8], grad_norm=[1.0])
+        return dict(greedy=0.5, reward=[cfg.seed / 8])
 
     monkeypatch.setattr(arms, "train_arm", fake)
-    monkeypatch.setattr(arms, "SEEDS", (1, 2))
-    path = tmp_path / "causal.json"
+    path = tmp_path / "arms.json"
+    wanted = ["arca_64", "plain"], (1, 2)
     with pytest.raises(KeyboardInterrupt):
-        arms.make(path, ["arca_64", "plain"])
-    rows = arms.make(path, ["arca_64", "plain"])
+        arms.make(path, *wanted)
+    rows = arms.make(path, *wanted)
     assert asked == [("arca", 64, 1), ("plain", 8, 1), *[("arca", 64, 2)] * 2, ("plain", 8, 2)]
-    expected = [("plain", 1), ("plain", 2), ("arca_64", 1), ("arca_64", 2)]
+    expected = [("arca_64", 1), ("arca_64", 2), ("plain", 1), ("plain", 2)]
     assert [(row["arm"], row["seed"]) for row in rows] == expected
     assert read_results(path)[1] == rows
-    assert "0.188 [-0.607, 0.982]" in arms.tables(rows)  # the mean of 1/8 and 2/8, n = 2
+    assert "0.188 [-0.607, 0.982]" in arms.tables(rows)  # the mean of 1/8 and 2/8
     monkeypatch.setitem(arms.ARMS, "plain", dict(credit="plain"))
     with pytest.raises(UserError, match="other settings"):
-        arms.make(path, ["plain"])
+        arms.make(path, *wanted)
 
 
 @pytest.mark.long

@@ -38,13 +38,14 @@ def sweep_tables():
 def printed(sweep_tables):
     """All that the scripts of experiments/ print of the result files."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        first_order_report.report(read_results(RESULTS / "first_order.json")[1])
+        for path in RESULTS.glob("first_order*.json"):
+            first_order_report.report(*read_results(path))
         for found in read_json(RESULTS / "real.json")["after"].values():
             concentration.show(found["rules"], found)
     truth = oracle.report(read_json(RESULTS / "oracle.json"))
     propositions = theory.report(read_json(RESULTS / "theory.json"))
-    causal = arms.tables(read_results(RESULTS / "causal.json")[1])
-    return "\n".join([sweep_tables, truth, propositions, causal, out.getvalue()])
+    trained = arms.tables(read_results(RESULTS / "arms.json")[1])
+    return "\n".join([sweep_tables, truth, propositions, trained, out.getvalue()])
 
 
 def test_no_interval_of_the_results_without_a_source(printed):
