@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
+from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 import credit
@@ -33,7 +34,7 @@ from system.files import read_json, write_json
 RUN = str(ROOT / "runs/oracle-arca")
 STEPS = (10, 80)  # of the checkpoints that are measured
 SIDES = ("right", "wrong")
-PRESETS = dict(full=(18, 512), quick=(2, 64))  # batches, continuations of each start
+PRESETS = dict(full=(18, 512), quick=(1, 64))  # batches, continuations of each start
 
 
 # ---- Every rule against the truth ----------------------------------------------------------------
@@ -51,7 +52,8 @@ def share_on_top(m, x, mask):
 
 def score(m, delta, mask):
     """Return the Gini of multipliers m (b, T), and their share on the decisive tenth: (b, 2)."""
-    return torch.stack([credit.gini(m, mask), share_on_top(m, delta.abs(), mask)], dim=1)
+    top = share_on_top(m, delta.abs(), mask)
+    return torch.stack([credit.gini(m, mask), top], dim=1)
 
 
 def score_rules(signals, classes, rows, V):
@@ -60,17 +62,21 @@ def score_rules(signals, classes, rows, V):
     delta = V.diff(dim=2)  # (2, b, T)
     T = delta.shape[2]
     mask = signals.mask[rows, :T]
-    inside = torch.nn.functional.one_hot(classes[rows, :T], len(CLASSES)) * mask[:, :, None]
+    # Where tokens and delta^2 lie, and how large the noise is.
+    inside = one_hot(classes[rows, :T], len(CLASSES)) * mask[:, :, None]  # (b, T, C)
     square = delta.prod(0)  # (b, T): delta^2, without the square of the noise
     error = delta.diff(dim=0)[0] / 2
-    found = dict(tokens=inside.sum(1), delta=(square[:, :, None] * inside).sum(1))
-    found["noise"] = (error**2).sum(1)
+    found = dict(tokens=inside.sum(1), noise=(error**2).sum(1))
+    found["delta"] = (square[:, :, None] * inside).sum(1)
+    # The rules.
     for name, power in product(credit.METHODS, (1, 2)):
         m = credit.token_weights(name, signals, power)[rows, :T]
         found[f"{name}/{power}"] = score(m, delta.mean(0), mask)
     # The truth as a rule: one half makes the weights, the other is what they are held against.
     one, other = delta
-    found["true/1"] = (score(one.abs(), other, mask) + score(other.abs(), one, mask)) / 2
+    forth = score(one.abs(), other, mask)
+    back = score(other.abs(), one, mask)
+    found["true/1"] = (forth + back) / 2
     return {key: x.numpy() for key, x in found.items()}
 
 
@@ -119,10 +125,10 @@ def summary(batches):
         square = x[name].sum(dtype=float) / x["tokens"].sum()
         found[f"{name}_rms"] = round(float(max(0.0, square) ** 0.5), 5)
     for name in ("tokens", "delta"):  # the shares of the classes
-        sums = x[name].sum(axis=0, dtype=float)  # (2, C)
-        shares = (sums / sums.sum(axis=1, keepdims=True)).round(4).tolist()
-        by_side = [dict(zip(CLASSES, side, strict=True)) for side in shares]
-        found[name] = dict(zip(SIDES, by_side, strict=True))
+        found[name] = {}
+        for side, sums in zip(SIDES, x[name].sum(axis=0, dtype=float), strict=True):
+            shares = (sums / sums.sum()).round(4).tolist()
+            found[name][side] = dict(zip(CLASSES, shares, strict=True))
     found["rules"] = {}
     for rule in (key for key in x if "/" in key):
         gini, top = np.moveaxis(x[rule], 2, 0)
