@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import arms, concentration, first_order_report, oracle_report, tables, theory
+from experiments import arms, concentration, first_order_report, oracle, tables, theory
 from experiments.rows import read_results
 from system.files import read_json
 
@@ -37,18 +37,15 @@ def sweep_tables():
 @pytest.fixture(scope="module")
 def printed(sweep_tables):
     """All that the scripts of experiments/ print of the result files."""
-    oracle = read_json(RESULTS / "oracle.json")
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        for power in (1, 2):
-            oracle_report.print_measured(oracle["measured"], power)
-        oracle_report.print_trained(oracle["trained"])
         for path in RESULTS.glob("first_order*.json"):
             first_order_report.report(*read_results(path))
-        theory.print_table(read_json(RESULTS / "theory.json"))
         for found in read_json(RESULTS / "real.json")["after"].values():
             concentration.show(found["rules"], found)
+    truth = oracle.report(read_json(RESULTS / "oracle.json"))
+    propositions = theory.report(read_json(RESULTS / "theory.json"))
     trained = arms.tables(read_results(RESULTS / "arms.json")[1])
-    return sweep_tables + trained + out.getvalue()
+    return "\n".join([sweep_tables, truth, propositions, trained, out.getvalue()])
 
 
 def test_no_interval_of_the_results_without_a_source(printed):
