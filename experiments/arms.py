@@ -3,28 +3,26 @@
     python experiments/arms.py                     # all runs that results/arms.json lacks, tables
     python experiments/arms.py --arms answer_cut   # only these
 
-**Why is ARCA slow?** In the setting of table 1 (32 steps, rank 16, sharpening 2), paired with the
-sweep's `uniform` and `arca` of the same seeds, which saw the same problems in the same order:
-`answer_cut` is ARCA, but no token of the boxed answer gets more than 1; `answer_only` has ARCA's
-multipliers in the boxed answer and 1 elsewhere; `first_halved` halves that of a completion's first
-token. (What is cut is not made up for elsewhere.) `uniform_64` and `arca_64` have 64 problems a
-step instead of 16. `uniform_1_rate_0.25` and the like have a learning rate of 0.25 times the
-default, `arca_2_r4_rate_2` the rank 4; the number after the rule is the sharpening.
+All but the last group have the setting of table 1 (32 steps, rank 16) and are paired with the
+sweep's runs of the same seeds, which saw the same problems in the same order. A number after a rule
+is its sharpening.
 
-**Other testbeds** (testbeds.md): `slips_arca_2` and the like are the same runs of other models.
+**Why is ARCA slow?** `answer_cut` is ARCA, but no token of the boxed answer gets more than 1;
+`answer_only` has ARCA's multipliers in the boxed answer and 1 elsewhere; `first_halved` halves that
+of a completion's first token. (What is cut is not made up for elsewhere.) `arca_64` has 64 problems
+a step instead of 16, `arca_2_rate_4` 4 times the learning rate. `slips_arca_2` and the like are
+runs of other models (testbeds.md).
 
-**Perfect credit.** 30 steps of 8 problems, as `uniform_8` and `arca_8` have them. `true_8` pays in
-proportion to |delta| (truth.py), with the mean one, and shares GRPO's advantage; `true_signed_8`
-has the sign of delta too. `true_delta` has delta_t itself as the advantage of each token, and
-maximises
+**Perfect credit**, in 30 steps of 8 problems: `true_8` pays in proportion to |delta| (truth.py),
+with the mean one, and shares GRPO's advantage; `true_signed_8` has the sign of delta too.
+`true_delta` has delta_t itself as the advantage of each token, as in VinePPO (arXiv 2410.01679):
 
-    (1/B) sum_i sum_t delta_it log pi(y_it)
+    maximise (1/B) sum_i sum_t delta_it log pi(y_it)
 
-as VinePPO does (arXiv 2410.01679), in the plain sum over the tokens of all B completions: no 1/T,
-no division by the group's deviation, no clip of the gradient's norm. delta is that of 32
-continuations of each start: right on average, with their noise. `plain` is the same sum with one
-advantage for all tokens of a completion, its reward minus the mean of the group's others: credit
-is all that `plain` and `true_delta` differ in.
+over the tokens of all B completions, with no 1/T, no division by the group's deviation and no clip.
+delta is that of 32 continuations of each start: right on average, with their noise. `plain` is the
+same sum with one advantage for all tokens of a completion, its reward minus the mean of the group's
+others: credit is all that `plain` and `true_delta` differ in.
 """
 
 import sys
@@ -56,7 +54,6 @@ SHORT = dict(steps=30, prompts=8, eval_problems=400)
 SUMMED = SHORT | dict(advantage="rloo", max_grad_norm=1e9)
 RATED = ("uniform_1", "surprisal_1", "arca_1", "arca_2")
 RATES = (0.25, 0.5, 2, 4)  # times the default
-RANK_RATES = {4: (2, 4), 64: (0.5, 2)}  # of ARCA at other ranks
 BEDS = ("slips", "three", "format")
 BED_RULES = ("uniform_1", "surprisal_1", "divergence_1", "permuted_2", "arca_1", "arca_2")
 # Shares of a loss: the gap between two arms, in units of that between two others.
@@ -92,10 +89,6 @@ def all_arms():
     for name in RATED:
         for rate in RATES:
             arms[f"{name}_rate_{rate}"] = settings_of(name, lr=Settings.lr * rate)
-    for rank, rates in RANK_RATES.items():
-        for rate in rates:
-            own = dict(rank=rank, alpha=2.0 * rank, lr=Settings.lr * rate)
-            arms[f"arca_2_r{rank}_rate_{rate}"] = settings_of("arca_2", **own)
     for bed in BEDS:
         own = dict(model=bed, data=bed, dtype="fp32", eval_problems=200)
         if bed == "three":
@@ -235,13 +228,14 @@ def make(path, arms, seeds=SEEDS):
 def with_sweep(rows):
     """Return the rows, and those of the sweep's runs that they are paired with."""
     rows = list(rows)
-    swept = read_results(default_file())[1]
-    for found in (row for row in swept if row["rule"] != "base"):
+    for found in read_results(default_file())[1]:
+        if found["rank"] != Settings.rank:
+            continue
         name = f"{found['rule']}_{found['sharpening']:g}"
-        if found["rank"] in RANK_RATES:
-            name += f"_r{found['rank']}"
-        row = found | dict(arm=name, greedy=float(np.mean(values(found, "greedy"))))
-        rows += [row, row | dict(arm=f"{name}_rate_1")][: 2 if row["seed"] <= 3 else 1]
+        row = found | dict(arm=name, greedy=values(found, "greedy"))
+        rows.append(row)
+        if row["seed"] in seeds_of(f"{name}_rate_1"):
+            rows.append(row | dict(arm=f"{name}_rate_1"))
     return rows
 
 
@@ -293,10 +287,9 @@ def tables(rows):
     parts.append(group_table(rows, "Larger batches", larger, ("uniform_64", *loss)))
     perfect = ("uniform_8", "arca_8", "true_8", "true_signed_8", "plain", "true_delta")
     parts.append(group_table(rows, "Perfect credit", perfect, ("uniform_8", "plain")))
-    for name in (*RATED, *(f"arca_2_r{rank}" for rank in RANK_RATES)):
-        rates = [f"{name}_rate_{rate}" for rate in (0.25, 0.5, 1, 2, 4)]
-        rates = [arm for arm in rates if len(by_seed(rows, "reward", [arm])[0])]
-        parts.append(group_table(rows, f"{name}: rates", rates, BEST[:2]))
+    for name in RATED:
+        rates = [f"{name}_rate_{rate}" for rate in sorted((*RATES, 1))]
+        parts.append(group_table(rows, f"{name}, learning rate", rates, BEST))
     for bed in BEDS:
         arms = [arm for arm in ARMS if arm.startswith(bed)]
         others = [f"{bed}_{name}" for name in ("uniform_1", "permuted_2", "arca_2")]

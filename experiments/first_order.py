@@ -34,6 +34,7 @@ reward are too large. It knows one policy and the next step, not the run. It cal
 than `uniform`; five seeds of training do not. Read ratios, on policies of more than one run.
 """
 
+import json
 import random
 import sys
 from dataclasses import replace
@@ -288,11 +289,7 @@ def summary(found, rule, N, lr):
 
 def rounded(x):
     """Return numbers, in lists and objects, with four significant digits."""
-    if isinstance(x, dict):
-        return {key: rounded(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [rounded(value) for value in x]
-    return float(f"{x:.4g}") if isinstance(x, float) else x
+    return json.loads(json.dumps(x), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
 def rows_of(found, opened, step, N):

@@ -90,7 +90,7 @@ def by_checkpoint(rows, name, rules):
 def by_rule(rows, title):
     """Return all numbers of each rule in some rows, where its gain and its noise sit (of uniform's
     total), and how much of its noise is in the answer."""
-    kinds = ("first", "sentence", "formula", "work", "answer")
+    kinds = ("first", "sentence", "formula", "digits", "answer")
     lines = []
     for rule in dict.fromkeys(row["rule"] for row in rows):
         own = [row for row in rows if row["rule"] == rule]
