@@ -9,7 +9,8 @@ is its sharpening.
 
 **Why is ARCA slow?** `answer_cut` is ARCA, but no token of the boxed answer gets more than 1;
 `answer_only` has ARCA's multipliers in the boxed answer and 1 elsewhere; `first_halved` halves that
-of a completion's first token. (What is cut is not made up for elsewhere.) `arca_64` has 64 problems
+of a completion's first token; `forks_paid` is `answer_cut`, but where a sentence begins no token
+gets less than 1. (What is cut or added is not made up for elsewhere.) `arca_64` has 64 problems
 a step instead of 16, `arca_2_rate_4` 4 times the learning rate. `slips_arca_2` and the like are
 runs of other models (testbeds.md).
 
@@ -36,6 +37,7 @@ from tqdm import tqdm
 import credit
 from data.problems import load_split, problems_of_step
 from eval_math import evaluate
+from experiments.first_order import PARTS, parts_of
 from experiments.rows import default_file, read_results, values, write_results
 from experiments.stats import crossed, ratio
 from experiments.tables import said, table
@@ -63,7 +65,8 @@ SHARES = {
     "given back by answer_cut": ("answer_cut", "arca_2", LOSS),
     "brought about by answer_only": ("uniform_1", "answer_only", LOSS),
     "left with 64 problems a step": ("uniform_64", "arca_64", LOSS),
-    "three: given back by the cut": ("three_answer_cut_2", "three_arca_2", THREE),
+    "three: given back by answer_cut": ("three_answer_cut_2", "three_arca_2", THREE),
+    "three: given back by forks_paid": ("three_forks_paid_2", "three_arca_2", THREE),
 }
 BEST = ("uniform_1_rate_2", "surprisal_1_rate_2")  # their best rates
 
@@ -94,7 +97,8 @@ def all_arms():
         if bed == "three":
             own["max_new_tokens"] = 192
         arms |= {f"{bed}_{name}": settings_of(name, **own) for name in BED_RULES}
-    arms["three_answer_cut_2"] = arms["three_arca_2"] | dict(credit="answer_cut")
+    for rule in ("answer_cut", "forks_paid"):
+        arms[f"three_{rule}_2"] = arms["three_arca_2"] | dict(credit=rule)
     return arms
 
 
@@ -108,12 +112,18 @@ ARMS = all_arms()
 
 # ---- The rules -----------------------------------------------------------------------------------
 # Signals have no token classes: they come as the `noise` of the rollout, which these do not draw.
+START = len(CLASSES)  # the class of a token that begins a sentence
 
 
 def answer_cut(signals, power):
     m = credit.arca(signals, power)
     inside = signals.noise == CLASSES.index("answer")
     return torch.where(inside, m.clamp(max=1), m)
+
+
+def forks_paid(signals, power):
+    m = answer_cut(signals, power)
+    return torch.where(signals.noise == START, m.clamp(min=1), m)
 
 
 def answer_only(signals, power):
@@ -133,6 +143,7 @@ def plain(signals, power):
 
 RULES = {
     "answer_cut": credit.Rule(answer_cut, ("residual", "noise")),
+    "forks_paid": credit.Rule(forks_paid, ("residual", "noise")),
     "answer_only": credit.Rule(answer_only, ("residual", "noise")),
     "first_halved": credit.Rule(first_halved, ("residual",)),
     "plain": credit.Rule(plain),
@@ -193,7 +204,8 @@ def train_arm(cfg, n=CONTINUATIONS):
             rule = lambda signals, power, found=multipliers: found  # noqa: E731
             credit.METHODS[cfg.credit] = credit.Rule(rule, whole_step=True)
         elif cfg.credit in RULES:
-            rollout.noise = step_classes(rollout.completions, tokenizer)
+            starts = parts_of(rollout.completions, tokenizer)[PARTS.index("sentence")]
+            rollout.noise = step_classes(rollout.completions, tokenizer).masked_fill(starts, START)
         # The update.
         optimizer.param_groups[0]["lr"] = lr_at(step, cfg)
         update(model, optimizer, rollout, advantages, cfg)

@@ -226,10 +226,11 @@ def test_changes_of_arca_by_hand():
     answer = CLASSES.index("answer")
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool()
     residual = torch.tensor([[1.0, 1.0, 4.0, 2.0], [3.0, 0.0, 3.0, 9.0]])  # 9: padding
-    classes = torch.tensor([[0, answer, answer, 6], [answer, 3, 0, 0]])
+    classes = torch.tensor([[0, answer, answer, 6], [answer, arms.START, 0, 0]])
     signals = credit.Signals(mask, residual=residual, noise=classes)
     expected = {  # ARCA: 0.5 0.5 2 1 and 1.5 0 1.5
         "answer_cut": [[0.5, 0.5, 1.0, 1.0], [1.0, 0.0, 1.5, 0.0]],
+        "forks_paid": [[0.5, 0.5, 1.0, 1.0], [1.0, 1.0, 1.5, 0.0]],
         "answer_only": [[1.0, 0.5, 2.0, 1.0], [1.5, 1.0, 1.0, 0.0]],
         "first_halved": [[0.25, 0.5, 2.0, 1.0], [0.75, 0.0, 1.5, 0.0]],
         "plain": [[4.0, 4.0, 4.0, 4.0], [3.0, 3.0, 3.0, 0.0]],
