@@ -108,8 +108,9 @@ def pretrain(model, tokenizer, steps, seed, corpus="tiny", peak=1e-2):
             lr = peak * max(0.02, 1 - (step - 100) / (steps - 100))
         for group in muon.param_groups + adam.param_groups:
             group["lr"] = lr
+        ids = ids.to(model.device)
         targets = ids[:, 1:]  # (B, T)
-        is_text = torch.arange(targets.shape[1]) < (lengths - 1)[:, None]
+        is_text = (torch.arange(targets.shape[1]) < (lengths - 1)[:, None]).to(model.device)
         hidden = model(ids[:, :-1])  # (B, T, D)
         loss = torch.nn.functional.cross_entropy(model.logits(hidden[is_text]), targets[is_text])
         model.zero_grad(set_to_none=True)
@@ -128,6 +129,8 @@ def main():
     parser.add_argument("--out", type=Path, help="default: data/CORPUS")
     parser.add_argument("--steps", type=int, default=6000, help=f"of {BATCH} documents each")
     parser.add_argument("--seed", type=int, default=0)
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    parser.add_argument("--device", default="cpu", choices=devices, help="to pretrain on")
     args = parser.parse_args()
     corpus = args.corpus
     out = args.out or TINY.parent / corpus
@@ -153,8 +156,8 @@ def main():
     # 3. The model.
     model = Qwen3(config_from_dict(config))
     init(model, args.seed)
-    pretrain(model, tokenizer, args.steps, args.seed, corpus)
-    state = model.state_dict()
+    pretrain(model.to(args.device), tokenizer, args.steps, args.seed, corpus)
+    state = model.cpu().state_dict()
     state.pop("lm_head.weight", None)  # tied to the embedding
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     flags = f"--model {out} --data {out}/test.jsonl --samples 8 --max-new-tokens 256"

@@ -1,31 +1,29 @@
-"""Why is ARCA slow, and what would perfect credit buy? Training with changed rules, seed by seed.
+"""Training runs beyond the sweep's: rules changed, larger batches, other rates, other testbeds.
 
-    python experiments/arms.py                # all runs that results/causal.json lacks, its tables
-    python experiments/arms.py --arms answer_cut
+    python experiments/arms.py                     # all runs that results/arms.json lacks, tables
+    python experiments/arms.py --arms answer_cut   # only these
 
-**Why.** In the setting of table 1 (32 steps, rank 16, sharpening 2), paired with the sweep's
-`uniform` and `arca` of the same seeds, which saw the same problems in the same order:
+All but the last group have the setting of table 1 (32 steps, rank 16) and are paired with the
+sweep's runs of the same seeds, which saw the same problems in the same order. A number after a rule
+is its sharpening.
 
-- `answer_cut`: ARCA, but no token of the boxed answer gets more than 1.
-- `answer_only`: ARCA's multipliers in the boxed answer, 1 elsewhere.
-- `first_halved`: ARCA, with half the multiplier of a completion's first token.
-- `uniform_64`, `arca_64`: 64 problems a step instead of 16. If ARCA's loss is noise, the gap
-  between the two closes; if ARCA is wrong on average, it stays.
+**Why is ARCA slow?** `answer_cut` is ARCA, but no token of the boxed answer gets more than 1;
+`answer_only` has ARCA's multipliers in the boxed answer and 1 elsewhere; `first_halved` halves that
+of a completion's first token; `forks_paid` is `answer_cut`, but where a sentence begins no token
+gets less than 1. (What is cut or added is not made up for elsewhere.) `arca_64` has 64 problems
+a step instead of 16, `arca_2_rate_4` 4 times the learning rate. `slips_arca_2` and the like are
+runs of other models (testbeds.md).
 
-A changed multiplier is not made up for elsewhere: the completion's mean is no longer one.
+**Perfect credit**, in 30 steps of 8 problems: `true_8` pays in proportion to |delta| (truth.py),
+with the mean one, and shares GRPO's advantage; `true_signed_8` has the sign of delta too.
+`true_delta` has delta_t itself as the advantage of each token, as in VinePPO (arXiv 2410.01679):
 
-**Perfect credit** is the advantage delta_t of each token itself (truth.py). `true_delta` maximises
+    maximise (1/B) sum_i sum_t delta_it log pi(y_it)
 
-    (1/B) sum_i sum_t delta_it log pi(y_it)
-
-with VinePPO's advantage (arXiv 2410.01679) in the plain sum over the tokens of all B completions:
-no 1/T, no division by the group's deviation, no completion left out, and no clip of the gradient's
-norm. (For `uniform` the clip at 1 does not bind, but its gradient is 1/T as long. To AdamW a factor
-is nothing.) delta_t is that of 32 continuations of each start: right on average, with their noise.
-`plain` is the same with one advantage for all tokens of a completion, its reward minus the mean of
-the group's others: credit is all that the two differ in. They have the setting of `oracle.py
-train`, 30 steps of 8 problems, and are paired with its arms: there `true` has weights in proportion
-to |delta|, of mean one, times GRPO's advantage; `true_signed` has the sign of delta, too.
+over the tokens of all B completions, with no 1/T, no division by the group's deviation and no clip.
+delta is that of 32 continuations of each start: right on average, with their noise. `plain` is the
+same sum with one advantage for all tokens of a completion, its reward minus the mean of the group's
+others: credit is all that `plain` and `true_delta` differ in.
 """
 
 import sys
@@ -39,7 +37,8 @@ from tqdm import tqdm
 import credit
 from data.problems import load_split, problems_of_step
 from eval_math import evaluate
-from experiments.rows import default_file, in_cell, read_results, values, write_results
+from experiments.first_order import PARTS, parts_of
+from experiments.rows import default_file, read_results, values, write_results
 from experiments.stats import crossed, ratio
 from experiments.tables import said, table
 from experiments.truth import grader, prefix_values
@@ -48,32 +47,83 @@ from lora import add_lora, lora_parameters
 from run.flags import load_base
 from run.metrics import CLASSES, step_classes
 from system.errors import Parser, UserError, run_cli
-from system.files import read_json
 from train import Settings, lr_at
 
 SEEDS = (1, 2, 3, 4, 5)
 CONTINUATIONS = 32  # of each start, where the truth is the credit
 TABLE_1 = dict(steps=32, sharpening=2.0, eval_problems=500)
-SUMMED = dict(steps=30, prompts=8, eval_problems=400, advantage="rloo", max_grad_norm=1e9)
-ARMS = {  # settings of each arm's runs
-    "answer_cut": dict(TABLE_1, credit="answer_cut"),
-    "answer_only": dict(TABLE_1, credit="answer_only"),
-    "first_halved": dict(TABLE_1, credit="first_halved"),
-    "plain": dict(SUMMED, credit="plain"),
-    "true_delta": dict(SUMMED, credit="true_delta"),
-    "uniform_64": dict(TABLE_1, credit="uniform", prompts=64),
-    "arca_64": dict(TABLE_1, credit="arca", prompts=64),
+SHORT = dict(steps=30, prompts=8, eval_problems=400)
+SUMMED = SHORT | dict(advantage="rloo", max_grad_norm=1e9)
+RATED = ("uniform_1", "surprisal_1", "arca_1", "arca_2")
+RATES = (0.25, 0.5, 2, 4)  # times the default
+BEDS = ("slips", "three", "format")
+BED_RULES = ("uniform_1", "surprisal_1", "divergence_1", "permuted_2", "arca_1", "arca_2")
+# Shares of a loss: the gap between two arms, in units of that between two others.
+LOSS = ("uniform_1", "arca_2")
+THREE = ("three_uniform_1", "three_arca_2")
+SHARES = {
+    "given back by answer_cut": ("answer_cut", "arca_2", LOSS),
+    "brought about by answer_only": ("uniform_1", "answer_only", LOSS),
+    "left with 64 problems a step": ("uniform_64", "arca_64", LOSS),
+    "three: given back by answer_cut": ("three_answer_cut_2", "three_arca_2", THREE),
+    "three: given back by forks_paid": ("three_forks_paid_2", "three_arca_2", THREE),
 }
+BEST = ("uniform_1_rate_2", "surprisal_1_rate_2")  # their best rates
+
+
+# ---- The arms ------------------------------------------------------------------------------------
+
+
+def settings_of(name, **more):
+    """Return the settings of table 1 with a rule and its sharpening, such as arca_2."""
+    rule, power = name.rsplit("_", 1)
+    return TABLE_1 | dict(credit=rule, sharpening=float(power)) | more
+
+
+def all_arms():
+    """Return {name: settings that are not the defaults}."""
+    arms = {
+        name: settings_of(f"{name}_2") for name in ("answer_cut", "answer_only", "first_halved")
+    }
+    arms |= {f"{rule}_64": settings_of(f"{rule}_2", prompts=64) for rule in ("uniform", "arca")}
+    for rule in ("uniform", "arca", "true", "true_signed"):
+        arms[f"{rule}_8"] = SHORT | dict(credit=rule)
+    arms |= {name: SUMMED | dict(credit=name) for name in ("plain", "true_delta")}
+    for name in RATED:
+        for rate in RATES:
+            arms[f"{name}_rate_{rate}"] = settings_of(name, lr=Settings.lr * rate)
+    for bed in BEDS:
+        own = dict(model=bed, data=bed, dtype="fp32", eval_problems=200)
+        if bed == "three":
+            own["max_new_tokens"] = 192
+        arms |= {f"{bed}_{name}": settings_of(name, **own) for name in BED_RULES}
+    for rule in ("answer_cut", "forks_paid"):
+        arms[f"three_{rule}_2"] = arms["three_arca_2"] | dict(credit=rule)
+    return arms
+
+
+def seeds_of(arm):
+    """Return the seeds of an arm: three where only the learning rate is looked for."""
+    return SEEDS[:3] if "_rate_" in arm else SEEDS
+
+
+ARMS = all_arms()
 
 
 # ---- The rules -----------------------------------------------------------------------------------
 # Signals have no token classes: they come as the `noise` of the rollout, which these do not draw.
+START = len(CLASSES)  # the class of a token that begins a sentence
 
 
 def answer_cut(signals, power):
     m = credit.arca(signals, power)
     inside = signals.noise == CLASSES.index("answer")
     return torch.where(inside, m.clamp(max=1), m)
+
+
+def forks_paid(signals, power):
+    m = answer_cut(signals, power)
+    return torch.where(signals.noise == START, m.clamp(min=1), m)
 
 
 def answer_only(signals, power):
@@ -93,6 +143,7 @@ def plain(signals, power):
 
 RULES = {
     "answer_cut": credit.Rule(answer_cut, ("residual", "noise")),
+    "forks_paid": credit.Rule(forks_paid, ("residual", "noise")),
     "answer_only": credit.Rule(answer_only, ("residual", "noise")),
     "first_halved": credit.Rule(first_halved, ("residual",)),
     "plain": credit.Rule(plain),
@@ -129,8 +180,8 @@ def true_credit(arm, model, rollout, advantages, cfg, eos_ids, grade, n, step):
 
 
 def train_arm(cfg, n=CONTINUATIONS):
-    """Train as train.py does, with a rule of credit.py or of RULES. Returns the reward and the norm
-    of the gradient at each step, and the greedy accuracy after."""
+    """Train as train.py does, with a rule of credit.py or of RULES. Returns the reward at
+    each step, and the greedy accuracy after."""
     # What train.py starts from.
     if cfg.credit in RULES:
         credit.METHODS[cfg.credit] = RULES[cfg.credit]
@@ -139,7 +190,7 @@ def train_arm(cfg, n=CONTINUATIONS):
     add_lora(model, cfg.rank, cfg.alpha, seed=cfg.seed)
     trained = list(lora_parameters(model).values())
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0)
-    rewards, norms = [], []
+    rewards = []
     for step in range(1, cfg.steps + 1):
         # Completions and their advantages.
         problems = problems_of_step(train, cfg.prompts, cfg.seed, step)
@@ -153,19 +204,19 @@ def train_arm(cfg, n=CONTINUATIONS):
             rule = lambda signals, power, found=multipliers: found  # noqa: E731
             credit.METHODS[cfg.credit] = credit.Rule(rule, whole_step=True)
         elif cfg.credit in RULES:
-            rollout.noise = step_classes(rollout.completions, tokenizer)
+            starts = parts_of(rollout.completions, tokenizer)[PARTS.index("sentence")]
+            rollout.noise = step_classes(rollout.completions, tokenizer).masked_fill(starts, START)
         # The update.
         optimizer.param_groups[0]["lr"] = lr_at(step, cfg)
-        metrics, _, _ = update(model, optimizer, rollout, advantages, cfg)
+        update(model, optimizer, rollout, advantages, cfg)
         rewards.append(round(rollout.rewards.mean().item(), 6))
-        norms.append(round(metrics["grad_norm"], 4))
     prompts, golds = [p["prompt"] for p in held_out], [p["answer"] for p in held_out]
     last = (0, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
     greedy = evaluate(model, tokenizer, prompts, golds, *last)[0]["greedy"] if prompts else None
-    return dict(greedy=greedy, reward=rewards, grad_norm=norms)
+    return dict(greedy=greedy, reward=rewards)
 
 
-def make(path, arms):
+def make(path, arms, seeds=SEEDS):
     """Add the runs of these arms that a results file lacks, seed by seed; return all rows. The file
     is written after each run."""
     about, rows = dict(arms=ARMS), []
@@ -174,8 +225,8 @@ def make(path, arms):
     if about != dict(arms=ARMS):
         raise UserError(f"{path} holds runs of other settings: move it away")
     done = {(row["arm"], row["seed"]) for row in rows}
-    missing = [(arm, seed) for seed in SEEDS for arm in arms if (arm, seed) not in done]
-    for arm, seed in tqdm(missing, desc="runs", mininterval=0):
+    wanted = [(arm, seed) for seed in seeds for arm in arms if seed in seeds_of(arm)]
+    for arm, seed in tqdm([run for run in wanted if run not in done], desc="runs", mininterval=0):
         found = train_arm(Settings(**ARMS[arm], seed=seed))
         rows.append(dict(arm=arm, seed=seed) | found)
         rows.sort(key=lambda row: (list(ARMS).index(row["arm"]), row["seed"]))
@@ -186,102 +237,88 @@ def make(path, arms):
 # ---- The tables ----------------------------------------------------------------------------------
 
 
-def with_stored(rows):
-    """Return the rows, and those of the runs that they are paired with: the sweep's, and those of
-    `oracle.py train`, whose arms get an 8 for their problems a step."""
+def with_sweep(rows):
+    """Return the rows, and those of the sweep's runs that they are paired with."""
     rows = list(rows)
-    swept = read_results(default_file())[1]
-    for cell in (("uniform", 16, 1.0), ("arca", 16, 2.0)):
-        for seed, row in in_cell(swept, cell).items():
-            greedy = np.mean(values(row, "greedy"))
-            rows.append(dict(arm=cell[0], seed=seed, reward=row["reward"], greedy=greedy))
-    for arm, found in read_json(default_file().with_name("oracle.json"))["trained"].items():
-        rows += [run | dict(arm=f"{arm}_8", reward=run["rewards"]) for run in found["runs"]]
+    for found in read_results(default_file())[1]:
+        if found["rank"] != Settings.rank:
+            continue
+        name = f"{found['rule']}_{found['sharpening']:g}"
+        row = found | dict(arm=name, greedy=values(found, "greedy"))
+        rows.append(row)
+        if row["seed"] in seeds_of(f"{name}_rate_1"):
+            rows.append(row | dict(arm=f"{name}_rate_1"))
     return rows
 
 
 def by_seed(rows, metric, arms):
     """Return a number of each arm's runs, (S, 1) an arm, over the seeds that all of them have: the
-    greedy accuracy after, or the mean reward of all steps, or of the last ten (`late`)."""
+    greedy accuracy after, or the mean reward of all steps."""
     found = {arm: {} for arm in arms}
     for row in rows:
-        curve = row["reward"][-10:] if metric == "late" else row["reward"]
-        number = row["greedy"] if metric == "greedy" else np.mean(curve)
-        found.get(row["arm"], {})[row["seed"]] = number
-    seeds = sorted(set.intersection(*map(set, found.values())))
+        found.get(row["arm"], {})[row["seed"]] = np.mean(row[metric])
+    seeds = sorted(set.intersection(*(set(of) for of in found.values())))
     return [np.array([[found[arm][seed]] for seed in seeds]) for arm in arms]
 
 
-def shown(e):
-    """An estimate as text, with the number of seeds if some are missing."""
-    return said(e) if e.seeds == len(SEEDS) else f"{said(e)}, n = {e.seeds}"
-
-
-def level(rows, metric, arm):
+def level(rows, arm, metric="reward"):
     """The mean of an arm over its seeds, with its interval, as text."""
     (x,) = by_seed(rows, metric, [arm])
-    return shown(crossed(x)) if len(x) else "-"
+    return said(crossed(x)) if len(x) else "-"
 
 
-def gap(rows, metric, arm, other):
+def gap(rows, arm, other, metric="reward"):
     """An arm minus another, over the seeds of both, as text."""
     x, y = by_seed(rows, metric, [arm, other])
-    return shown(crossed(x - y)) if len(x) else "-"
+    return said(crossed(x - y)) if len(x) else "-"
 
 
-def share(rows, part, whole):
+def share(rows, arm, other, lost):
     """The share that the gap of two arms is of that of two others, in mean reward, as text."""
-    a, b, c, d = by_seed(rows, "reward", [*part, *whole])
-    return shown(ratio(a - b, c - d)) if len(a) else "-"
+    a, b, c, d = by_seed(rows, "reward", [arm, other, *lost])
+    return said(ratio(a - b, c - d)) if len(a) else "-"
+
+
+def group_table(rows, title, arms, others):
+    """Return a table of arms: each by itself, and minus others."""
+    lines = []
+    for arm in arms:
+        line = [arm, level(rows, arm), *(gap(rows, arm, other) for other in others)]
+        lines.append([*line, level(rows, arm, "greedy"), gap(rows, arm, others[0], "greedy")])
+    minus = [f"minus {other}" for other in others]
+    return table(title, ["arm", "mean reward", *minus, "greedy after", minus[0]], lines)
 
 
 def tables(rows):
     """Return all tables as one text."""
-    rows = with_stored(rows)
-    loss = ("uniform", "arca")
-
-    # ARCA changed: what the change gives back of ARCA's loss, or brings about.
-    lines = []
-    for arm in ("uniform", "arca", "answer_cut", "answer_only", "first_halved"):
-        part = ("uniform", arm) if arm == "answer_only" else (arm, "arca")
-        line = [arm, level(rows, "reward", arm), level(rows, "late", arm)]
-        line += [gap(rows, "reward", arm, other) for other in loss]
-        line.append("-" if arm in loss else share(rows, part, loss))
-        lines.append([*line, gap(rows, "greedy", arm, "uniform")])
-    heads = ["arm", "mean reward", "of the last ten", "minus uniform's", "minus ARCA's"]
-    title = "ARCA (sharpening 2) changed: the share of its loss given back, or brought about"
-    causal = table(title, [*heads, "share", "greedy minus uniform's"], lines)
-
-    # Noise or bias.
-    lines = [["ARCA minus uniform, 16 problems a step", gap(rows, "reward", "arca", "uniform")]]
-    lines.append(["the same, 64", gap(rows, "reward", "arca_64", "uniform_64")])
-    lines.append(["share that stays", share(rows, ("uniform_64", "arca_64"), loss)])
-    for arm in loss:
-        lines.append([f"{arm}, 64 minus 16", gap(rows, "reward", f"{arm}_64", arm)])
-    noise = table("Noise or bias", ["", "mean reward"], lines)
-
-    # Perfect credit.
-    lines = []
-    for arm in ("uniform_8", "true_8", "true_signed_8", "plain", "true_delta"):
-        line = [arm]
-        for metric in ("reward", "greedy"):
-            line.append(level(rows, metric, arm))
-            line += [gap(rows, metric, arm, other) for other in ("uniform_8", "plain")]
-        lines.append(line)
-    differences = ["minus uniform's", "minus plain's"]
-    heads = ["arm", "mean reward", *differences, "greedy after", *differences]
-    perfect = table("Perfect credit, 30 steps of 8 problems", heads, lines)
-    return "\n\n".join([causal, noise, perfect])
+    rows = with_sweep(rows)
+    loss = ("uniform_1", "arca_2")
+    changed = [*loss, "answer_cut", "answer_only", "first_halved"]
+    parts = [group_table(rows, "ARCA (sharpening 2) changed", changed, loss)]
+    larger = ("uniform_64", "arca_64")
+    parts.append(group_table(rows, "Larger batches", larger, ("uniform_64", *loss)))
+    perfect = ("uniform_8", "arca_8", "true_8", "true_signed_8", "plain", "true_delta")
+    parts.append(group_table(rows, "Perfect credit", perfect, ("uniform_8", "plain")))
+    for name in RATED:
+        rates = [f"{name}_rate_{rate}" for rate in sorted((*RATES, 1))]
+        parts.append(group_table(rows, f"{name}, learning rate", rates, BEST))
+    for bed in BEDS:
+        arms = [arm for arm in ARMS if arm.startswith(bed)]
+        others = [f"{bed}_{name}" for name in ("uniform_1", "permuted_2", "arca_2")]
+        parts.append(group_table(rows, bed, arms, others))
+    lines = [[name, share(rows, *gaps)] for name, gaps in SHARES.items()]
+    return "\n\n".join([*parts, table("Shares of ARCA's loss of mean reward", ["", ""], lines)])
 
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--out", default="", help="the results; default: results/causal.json")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
+    parser.add_argument("--out", default="", help="the results; default: results/arms.json")
     a = parser.parse_args()
     torch.set_num_threads(1)  # so that sums are rounded alike
-    path = Path(a.out or default_file().with_name("causal.json"))
-    print(tables(make(path, a.arms)))
+    path = Path(a.out or default_file().with_name("arms.json"))
+    print(tables(make(path, a.arms, a.seeds)))
 
 
 if __name__ == "__main__":

@@ -4,15 +4,14 @@
     python experiments/first_order.py --run RUN --steps 5 10   # all rules, into results/
     python experiments/first_order.py                          # the tables, from results/
 
-**The measure.** J is the mean reward, and a step moves the adapter from theta by a small d. To
-first order J then grows by g* . d, where g* = grad J. A batch of B completions gives two vectors,
+**The measure.** J is the mean reward. A step that moves the adapter by a small d raises it, to
+first order, by g* . d, where g* = grad J. A batch of B completions gives two vectors,
 
     g = (1/B) sum_i a_i sum_t grad log pi(y_it),    a_i = r_i - mean of the group's others
     u = sum_it c_it grad log pi(y_it),              c_it = A_i m_it / (B T_i)
 
 g is the plain estimator (RLOO, no 1/T): E g = g*. u is what a rule hands to the optimizer: A_i is
-GRPO's advantage, m_it the rule's multiplier. (A KL penalty is left out.) Of N independent batches
-we estimate
+GRPO's advantage, m_it the rule's multiplier. Of N independent batches we estimate
 
     raw gain      <g*, E u> / rms |u|        a step of fixed length along u
     AdamW's gain  lr <g*, E[u / sqrt(v)]>    v: the mean of u^2, coordinate by coordinate
@@ -20,24 +19,22 @@ we estimate
     bias          cos(E u, g*)               1: the rule is right on average
 
 **Why pairs.** g and u of one batch share their noise, so the mean of g_i . u_i is far above
-<g*, E u>. Products of *different* batches have no such bias: mean_{i != j} g_i . u_j (a
-U-statistic), and likewise |E u|^2 and |g*|^2. AdamW's v is that of the other N - 2 batches: it is
-independent of both g_i and u_j. (The optimizer's own v holds u_j as well, and forgets.) Gradients
-are clipped for AdamW as `update` clips them. Errors are jackknife errors: everything is computed
-again without each batch, ratios included.
+<g*, E u>. Products of *different* batches are unbiased: mean_{i != j} g_i . u_j (a U-statistic),
+and likewise |E u|^2 and |g*|^2. AdamW's v is that of the other N - 2 batches, so it is independent
+of g_i and u_j; gradients are clipped for it as `update` clips them. Errors are jackknife errors:
+everything, ratios included, is computed again without each batch.
 
 **Where it comes from.** d_t = g* . grad log pi(y_t) is what making a token likelier is worth, so a
-group of tokens has the share sum c_t d_t of the raw gain. One difference quotient of log pi along
-the other batches' g gives d_t of all tokens, for all rules. (Errors of these parts take g* as it
-was estimated.) The noise of a part is sum (c_t (1 - p_t))^2: token gradients as long as those for
-the logits, and orthogonal.
+group of tokens has the share sum c_t d_t of the raw gain. A difference quotient of log pi along the
+other batches' g gives d_t of all tokens. The noise of a part is sum (c_t (1 - p_t))^2: token
+gradients as long as those for the logits, and orthogonal.
 
-**What it cannot tell.** A real step is not small: the curvature is missing, and gains in points of
-reward are too large. It knows one policy and the next step, not the run: a rule may be good early
-and bad late, or reach places where others never are. It calls divergence better than `uniform`;
-five seeds of training do not. Read ratios to `uniform`, on policies of more than one run.
+**What it cannot tell.** Real steps are not small: the curvature is missing, and gains in points of
+reward are too large. It knows one policy and the next step, not the run. It calls divergence better
+than `uniform`; five seeds of training do not. Read ratios, on policies of more than one run.
 """
 
+import json
 import random
 import sys
 from dataclasses import replace
@@ -51,9 +48,8 @@ from tqdm import tqdm
 
 import grpo
 from credit import METHODS, token_weights
-from experiments.first_order_report import HEADS, PARTS, label, line_of, report, side
+from experiments.first_order_report import PARTS, by_rule, label, report, side
 from experiments.rows import read_results, write_results
-from experiments.tables import table
 from experiments.truth import open_run, train_run
 from lora import lora_parameters
 from run.metrics import CLASSES, step_classes
@@ -66,18 +62,8 @@ OTHERS = ("uniform", "permuted", "arca")  # what --credit compares a rule with
 UNSHARPENED = ("uniform", "delta", "gcpo_linear", "eapo", "forking", "entropy_advantage")
 ALL = [(name, p) for name in METHODS for p in (1.0, 2.0) if p == 1 or name not in UNSHARPENED]
 PLAIN = ("plain", 1.0)  # g itself, as if it were a rule
-SHARED = (
-    "steps",
-    "prompts",
-    "samples",
-    "max_new_tokens",
-    "temperature",
-    "rank",
-    "alpha",
-    "lr",
-    "advantage",
-    "aggregate",
-)
+SHARED = "model steps prompts samples max_new_tokens temperature rank alpha lr advantage aggregate"
+SHARED = SHARED.split()  # what all runs of a results file have in common
 EPSILON = 1e-8  # AdamW's
 NUDGE = 0.03  # how far the adapter is moved for d_t; a step of AdamW is 0.8 long
 
@@ -231,7 +217,16 @@ def parts_of(completions, tokenizer):
     answer = (classes == CLASSES.index("answer")) & ~first
     end = (classes == CLASSES.index("eos")) & ~first
     by_class = [classes == i for i in range(5)]
-    return torch.stack([first, ~(first | answer | end), answer, end, *by_class]) & mask
+
+    # Where a sentence or a formula begins: after a full stop, after a dollar sign.
+    ids = completions.tokens.unique()
+    pieces = tokenizer.pieces(ids.tolist())
+    before = completions.tokens.roll(1, dims=1)
+    stops, dollars = (
+        torch.isin(before, ids[[piece.strip() == sign for piece in pieces]]) for sign in ".$"
+    )
+    by_place = [first | stops, dollars & ~first]
+    return torch.stack([first, ~(first | answer | end), answer, end, *by_class, *by_place]) & mask
 
 
 # ---- A checkpoint --------------------------------------------------------------------------------
@@ -294,16 +289,19 @@ def summary(found, rule, N, lr):
 
 def rounded(x):
     """Return numbers, in lists and objects, with four significant digits."""
-    if isinstance(x, dict):
-        return {key: rounded(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [rounded(value) for value in x]
-    return float(f"{x:.4g}") if isinstance(x, float) else x
+    return json.loads(json.dumps(x), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
-def measure_run(folder, steps, N, out):
-    """Measure all rules at steps of a run and add them to a results file, checkpoint by
-    checkpoint; what it already has is not measured again."""
+def rows_of(found, opened, step, N):
+    """Return the rows of a results file that a checkpoint's statistics make."""
+    cfg = opened[2]
+    at = dict(trajectory=label((cfg.credit, cfg.sharpening)), seed=cfg.seed, step=step)
+    return [at | dict(rule=label(x)) | rounded(summary(found, x, N, cfg.lr)) for x in found]
+
+
+def measure_run(folder, steps, N, out, rules):
+    """Measure rules at steps of a run and add them to a results file, checkpoint by checkpoint;
+    what it already has is not measured again."""
     about, rows = read_results(out) if out.exists() else ({}, [])
     for step in steps:
         opened = open_run(folder, step)
@@ -316,9 +314,7 @@ def measure_run(folder, steps, N, out):
         if any(at.items() <= row.items() for row in rows):
             print(f"{at}: in {out} already", flush=True)
             continue
-        found = measure(opened, step, ALL, N)
-        for rule in found:
-            rows.append(at | dict(rule=label(rule)) | rounded(summary(found, rule, N, cfg.lr)))
+        rows += rows_of(measure(opened, step, rules, N), opened, step, N)
         write_results(out, about, rows)
 
 
@@ -329,38 +325,27 @@ ends. It rates divergence above uniform, and training did not agree: what it cal
 a run, no more. Below is safer: a rule that gains little a step learns slowly while it is so."""
 
 
-def against(x, N):
-    """Return a gain minus another's (1 + S N,), and what that tells at two errors, in words."""
-    value, error = estimate(x, N)
-    verdict = side(value - 2 * error, value + 2 * error)
-    return f"{verdict} ({value:+.2f} ± {error:.2f} of uniform's gain)"
-
-
 def score_rule(rule, folder, steps, N):
     """Measure a rule beside OTHERS at steps of a run, and print what it buys."""
-    rules = list(dict.fromkeys([BASE, *((name, rule[1]) for name in OTHERS[1:]), rule]))
-    at = {}
-    lines = []
+    others = [(name, 1.0 if name == "uniform" else rule[1]) for name in OTHERS]
+    others = [other for other in others if other != rule]
+    gains = {}  # of an AdamW step, by rule: a checkpoint after another
     for step in steps:
         opened = open_run(folder, step)
-        at[step] = measure(opened, step, rules, N)
-        lines += [
-            line_of(summary(at[step], x, N, opened[2].lr), [str(step), label(x)]) for x in rules
-        ]
-    print(
-        table(f"One step of each rule, uniform = 1 (± jackknife error, {N} batches)", HEADS, lines)
-    )
-    print(f"\nAn AdamW step of {label(rule)}, at steps {', '.join(map(str, steps))} together:")
-    base = pooled([x[BASE]["adam"] for x in at.values()])
-    own = pooled([x[rule]["adam"] for x in at.values()]) / base
+        found = measure(opened, step, list(dict.fromkeys([BASE, *others, rule])), N)
+        print(by_rule(rows_of(found, opened, step, N), f"Step {step}, uniform = 1") + "\n")
+        for name, x in found.items():
+            gains.setdefault(name, []).append(x["adam"])
+    where = ", ".join(map(str, steps))
+    base = pooled(gains[BASE])
     if not is_told(estimate(base, N)):
-        return print(
-            "uniform's own gain is not told from 0 here: look at other steps or more batches"
-        )
-    for other in (x for x in rules if x != rule):
-        theirs = pooled([x[other]["adam"] for x in at.values()]) / base
-        print(f"- {against(own - theirs, N)}: {label(other)}")
-    print("\n" + CAVEAT.format(", ".join(map(str, steps))))
+        return print("uniform's own gain is not told from 0: look at other steps, or more batches")
+    print(f"An AdamW step of {label(rule)}, at steps {where} together:")
+    for other in others:
+        value, error = estimate((pooled(gains[rule]) - pooled(gains[other])) / base, N)
+        verdict = side(value - 2 * error, value + 2 * error)
+        print(f"- {verdict} ({value:+.2f} ± {error:.2f} of uniform's gain): {label(other)}")
+    print("\n" + CAVEAT.format(where))
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -369,27 +354,28 @@ def main():
     parser.add_argument("--credit", default="", help="score this rule; default: all, into --out")
     parser.add_argument("--sharpening", type=float, default=1.0, help="of --credit")
     parser.add_argument("--run", default="", help="a run with --keep-checkpoints; default: its own")
-    parser.add_argument(
-        "--steps", type=int, nargs="+", default=[0, 5, 10], help="of its checkpoints"
-    )
+    text = "of its checkpoints"
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 5, 10], help=text)
+    known = {label(rule): rule for rule in ALL}
+    text = "with --run: which, such as arca/2 (the number is the sharpening); default: all"
+    parser.add_argument("--rules", nargs="+", choices=known, default=list(known), help=text)
     parser.add_argument("--batches", type=int, default=20, help="at each checkpoint")
+    text = "the results of all rules, a JSON file"
     default = str(ROOT / "experiments/results/first_order.json")
-    parser.add_argument("--out", default=default, help="the results of all rules, a JSON file")
+    parser.add_argument("--out", default=default, help=text)
     a = parser.parse_args(or_zero=("steps",))
     if a.credit and a.credit not in METHODS:
-        known = f"there are {', '.join(METHODS)}"
-        add = f'write it in credit.py and add METHODS["{a.credit}"] = Rule({a.credit})'
-        raise UserError(
-            f'no credit rule {a.credit!r}: {add} (README.md, "A rule of your own"); {known}'
-        )
+        add = f'METHODS["{a.credit}"] = Rule({a.credit})'
+        names = f"there are {', '.join(METHODS)}"
+        raise UserError(f"no credit rule {a.credit!r}: write it in credit.py, with {add}; {names}")
     torch.set_num_threads(1)  # so that sums are rounded alike
     if a.credit:
         flags = "--credit uniform --steps 10 --save-every 5 --keep-checkpoints 9 --eval-problems 0"
         folder = a.run or train_run(OWN_RUN, *flags.split())
         return score_rule((a.credit, a.sharpening), folder, a.steps, a.batches)
     if a.run:
-        measure_run(a.run, a.steps, a.batches, Path(a.out))
-    report(read_results(Path(a.out))[1])
+        measure_run(a.run, a.steps, a.batches, Path(a.out), [known[name] for name in a.rules])
+    report(*read_results(Path(a.out)))
 
 
 if __name__ == "__main__":

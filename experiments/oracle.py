@@ -1,237 +1,203 @@
 """Does a credit rule pay the tokens that decide the outcome? Measured against sampled truth.
 
     python experiments/oracle.py measure    # every rule against the truth, early and late in a run
-    python experiments/oracle.py train      # the size of the true credit as the weight
-    python experiments/oracle.py draw       # the tables and figures again, from the results
+    python experiments/oracle.py report     # the tables again, from the results
 
-Both take minutes on two cores and say how long is left; --preset quick is a miniature of both.
-
-**Measures**, over completions of problems with right and wrong ones (no others teach anything), one
-of each a problem, with 95 % intervals from resampling problems:
-
-- `top`: the share of the credit on the tenth of the tokens with the largest |delta|. By chance it
-  is a tenth, and a little more in short completions. Noise moves tokens into that tenth, so its
-  size is measured too (`noise_rms`).
-- `corr_halves`: Spearman's correlation of a completion's weights with delta_a delta_b, of two
-  halves of the continuations. |delta| would flatter a rule that pays uncertain tokens, which have
-  more noise; the product is without that bias: noise makes it positive as often as negative. But
-  beside a truth noise lowers the correlation, and more so for weights without ties: of a mask, such
-  as forking's, and of a smooth rule it should not be compared.
-
-Neither is the value of an update: experiments/first_order.py measures that.
+--preset quick is a miniature. delta_t is what choosing token t was worth (truth.py). Of each
+problem with right and wrong completions (no others teach anything) one of each is looked at. The
+decisive tenth of its tokens has the largest |delta|; `uniform` shows what it gets by chance. Noise
+moves tokens into that tenth, so its size is measured, too. None of this is the value of an update:
+first_order.py measures that.
 """
 
-import multiprocessing
-import signal
+import math
 import sys
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import numpy as np
 import torch
+from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 import credit
 from data.problems import problems_of_step
-from experiments.arms import train_arm
-from experiments.oracle_report import as_text, by_side, compare_arms, draw
-from experiments.truth import all_signals, grader, open_run, prefix_values, train_run
+from experiments.stats import Estimate
+from experiments.tables import said, table
+from experiments.truth import ROOT, all_signals, grader, open_run, prefix_values, train_run
 from grpo import sample_rollout
-from run.metrics import CLASSES, rank_correlation, step_classes
-from system import files
+from run.metrics import CLASSES, step_classes
 from system.errors import Parser, UserError, run_cli
-from train import Settings
+from system.files import read_json, write_json
 
-ROOT = Path(__file__).parent.parent
 RUN = str(ROOT / "runs/oracle-arca")
-FULL = dict(
-    steps=[10, 80],
-    batches=18,
-    pairs=1,
-    continuations=512,
-    least=64,
-    train_steps=30,
-    train_prompts=8,
-    seeds=5,
-    train_continuations=32,
-    eval_problems=400,
-)
-QUICK = dict(
-    steps=[10, 80],
-    batches=2,
-    pairs=1,
-    continuations=64,
-    least=16,
-    train_steps=4,
-    train_prompts=4,
-    seeds=2,
-    train_continuations=16,
-    eval_problems=40,
-)
-PRESETS = dict(full=FULL, quick=QUICK)
+STEPS = (10, 80)  # of the checkpoints that are measured
+SIDES = ("right", "wrong")
+PRESETS = dict(full=(18, 512), quick=(1, 64))  # batches, continuations of each start
 
 
 # ---- Every rule against the truth ----------------------------------------------------------------
-
-
 def share_on_top(m, x, mask):
-    """The share of each row's credit m (b, T) on its tenth of tokens with the largest x; of tokens
-    that tie for the last place each counts in part."""
+    """Return the share of each row's credit m (b, T) on its tenth of tokens with the largest x; of
+    tokens that tie for the last place each counts in part."""
     k = (credit.lengths(mask) / 10).ceil()  # (b, 1)
     x = x.masked_fill(~mask, -9.0)
     edge = x.sort(dim=1, descending=True).values.gather(1, k.long() - 1)
-    above, tied = x > edge, x == edge
+    above = x > edge
+    tied = x == edge
     part = (k - above.sum(1, keepdim=True)) / tied.sum(1, keepdim=True)
     return (m * (above + tied * part)).sum(1) / m.sum(1).clamp(min=1e-12)
 
 
-def score(m, delta, mask, halves=None):
-    """What the weights m (b, T) of completions achieve against delta (b, T): (b,)s by name; with
-    halves (2, b, T) also against their product."""
-    found = dict(gini=credit.gini(m, mask), ratio=credit.effective_token_ratio(m, mask))
-    found["top"] = share_on_top(m, delta.abs(), mask)
-    if halves is not None:
-        found["corr_halves"] = rank_correlation(m, halves.prod(0), mask)
-    return found
+def score(m, delta, mask):
+    """Return the Gini of multipliers m (b, T), and their share on the decisive tenth: (b, 2)."""
+    top = share_on_top(m, delta.abs(), mask)
+    return torch.stack([credit.gini(m, mask), top], dim=1)
 
 
-def score_rules(rollout, signals, classes, rows, V):
-    """Return, per completion, what it is (`about`), and by rule what its weights achieve; lists of
-    (b,). classes (B, T) are those of the tokens."""
+def score_rules(signals, classes, rows, V):
+    """Return, of the completions in these rows (b,), where tokens and delta^2 lie (b, C), the noise
+    (b,), and the score (b, 2) of each rule; classes (B, T), V (2, b, T + 1) by half."""
     delta = V.diff(dim=2)  # (2, b, T)
     T = delta.shape[2]
-    right = rollout.rewards.flatten()[rows]
     mask = signals.mask[rows, :T]
-    classes = classes[rows, :T]
-    mean = delta.mean(0)  # (b, T)
-    noise = delta.diff(dim=0)[0] / 2
-    about = dict(right=right, tokens=mask.sum(1), prompt_value=V[:, :, 0].mean(0))
-    about.update(size=delta.prod(0).sum(1), noise=(noise**2).sum(1))
-    about["chance"] = share_on_top(mask.float(), mean.abs(), mask)
-    for i, name in enumerate(CLASSES):
-        inside = mask & (classes == i)
-        about |= {f"tokens/{name}": inside.sum(1), f"size/{name}": (delta.prod(0) * inside).sum(1)}
-    rules = {}
-    for name in credit.METHODS:
-        for power in (1, 2):
-            multipliers = credit.token_weights(name, signals, power)[rows, :T]
-            rules[f"{name}/{power}"] = score(multipliers, mean, mask, delta)
-    two = [score(delta[i].abs(), delta[1 - i], mask) for i in (0, 1)]  # one half's, on the other's
-    rules["true/1"] = {key: (two[0][key] + two[1][key]) / 2 for key in two[0]}
-    plain = lambda group: {key: x.tolist() for key, x in group.items()}  # noqa: E731
-    return dict(about=plain(about), rules={name: plain(x) for name, x in rules.items()})
+    # Where tokens and delta^2 lie, and how large the noise is.
+    inside = one_hot(classes[rows, :T], len(CLASSES)) * mask[:, :, None]  # (b, T, C)
+    square = delta.prod(0)  # (b, T): delta^2, without the square of the noise
+    error = delta.diff(dim=0)[0] / 2
+    found = dict(tokens=inside.sum(1), noise=(error**2).sum(1))
+    found["delta"] = (square[:, :, None] * inside).sum(1)
+    # The rules.
+    for name, power in product(credit.METHODS, (1, 2)):
+        m = credit.token_weights(name, signals, power)[rows, :T]
+        found[f"{name}/{power}"] = score(m, delta.mean(0), mask)
+    # The truth as a rule: one half makes the weights, the other is what they are held against.
+    one, other = delta
+    forth = score(one.abs(), other, mask)
+    back = score(other.abs(), one, mask)
+    found["true/1"] = (forth + back) / 2
+    return {key: x.numpy() for key, x in found.items()}
 
 
-def chosen_rows(rewards, pairs):
-    """The first `pairs` right and wrong completions of each problem that has both, as rows."""
-    G = rewards.shape[1]
-    has_spread = (rewards != rewards[:, :1]).any(dim=1)  # (P,)
-    rows = []
-    for p in has_spread.nonzero()[:, 0].tolist():
-        for side in (rewards[p] > 0, rewards[p] <= 0):
-            rows += [p * G + i for i in side.nonzero()[:pairs, 0].tolist()]
-    return torch.tensor(rows, dtype=torch.long)
+def chosen_rows(rewards):
+    """Return the first right and the first wrong completion of each problem that has both, in turn,
+    as rows (b,); rewards (P, G)."""
+    right = rewards > 0
+    mixed = right.any(dim=1) & ~right.all(dim=1)
+    first = torch.stack([right.int().argmax(dim=1), right.int().argmin(dim=1)], dim=1)  # (P, 2)
+    rows = first + rewards.shape[1] * torch.arange(len(rewards))[:, None]
+    return rows[mixed].flatten()
 
 
-def measure_batch(job):
-    """Every rule on a batch of completions as training samples them, at a checkpoint of a run."""
-    folder, step, batch, how = job
-    model, tokenizer, cfg, problems = open_run(folder, step)
+def measure_batch(opened, batch, continuations):
+    """Return [the scores of every rule on completions as training samples them], [] if no problem
+    has right and wrong ones; opened: what open_run returned."""
+    model, tokenizer, cfg, problems = opened
     at = cfg.steps + batch  # problems that the run has not seen
     problems = problems_of_step(problems, cfg.prompts, cfg.seed, at)
     rollout = sample_rollout(model, tokenizer, problems, cfg, at, compare=True)
-    signals = all_signals(model, rollout, cfg)
-    rows = chosen_rows(rollout.rewards, how["pairs"])
+    rows = chosen_rows(rollout.rewards)
     if not len(rows):
-        return None
-    grade = grader(tokenizer, problems)
-    sampling = (grade, how["continuations"], how["least"], at)
-    V, _ = prefix_values(model, rollout, rows, cfg, tokenizer.eos_ids, *sampling)
-    classes = step_classes(rollout.completions, tokenizer)
-    found = score_rules(rollout, signals, classes, rows, V)
-    found["about"]["group"] = (batch * cfg.prompts + rows // cfg.samples).tolist()
+        return []
+    sampling = (tokenizer.eos_ids, grader(tokenizer, problems), continuations)
+    V, _ = prefix_values(model, rollout, rows, cfg, *sampling, step=at)
+    signals = all_signals(model, rollout, cfg)
+    return [score_rules(signals, step_classes(rollout.completions, tokenizer), rows, V)]
+
+
+def bootstrap(x):
+    """Return [mean, low, high] of x (P, n), n numbers of each of P problems: the 95 % interval is
+    from 2000 draws of problems, with replacement."""
+    means = np.asarray(x, dtype=float).mean(axis=1)  # (P,)
+    picks = np.random.default_rng(0).integers(len(means), size=(2000, len(means)))
+    low, high = np.quantile(means[picks].mean(axis=1), [0.025, 0.975])
+    return [round(float(value), 4) for value in (means.mean(), low, high)]
+
+
+def summary(batches):
+    """Return what the scores of all batches say together, as the results file has it."""
+    columns = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    x = {key: column.reshape(-1, 2, *column.shape[1:]) for key, column in columns.items()}
+    P = len(x["noise"])  # x: (P, 2, ...), by problem and side
+    found = dict(completions=2 * P, problems=P)
+    for name in ("delta", "noise"):
+        square = x[name].sum(dtype=float) / x["tokens"].sum()
+        found[f"{name}_rms"] = round(float(max(0.0, square) ** 0.5), 5)
+    for name in ("tokens", "delta"):  # the shares of the classes
+        found[name] = {}
+        for side, sums in zip(SIDES, x[name].sum(axis=0, dtype=float), strict=True):
+            shares = (sums / sums.sum()).round(4).tolist()
+            found[name][side] = dict(zip(CLASSES, shares, strict=True))
+    found["rules"] = {}
+    for rule in (key for key in x if "/" in key):
+        gini, top = np.moveaxis(x[rule], 2, 0)
+        found["rules"][rule] = dict(gini=bootstrap(gini), top=bootstrap(top))
     return found
 
 
-# ---- A run and its checkpoints -------------------------------------------------------------------
+def measure(folder, batches, continuations):
+    """Hold every rule against the truth, at checkpoints of a run; return the results file."""
+    opened = [open_run(folder, step) for step in STEPS]  # what is wrong with it shows at once
+    found = {}
+    for step, run in zip(STEPS, opened, strict=True):
+        scored = []
+        for batch in tqdm(range(1, batches + 1), desc=f"step {step}", mininterval=0):
+            scored += measure_batch(run, batch, continuations)
+        if not scored:
+            raise UserError(f"no problem with right and wrong completions at step {step}")
+        found[str(step)] = summary(scored)
+    return dict(batches=batches, continuations=continuations, measured=found)
 
 
 def make_run():
-    """The run whose checkpoints are measured, unless it is there; one cut short goes on. Returns
-    its folder."""
+    """Train the run whose checkpoints are measured, unless it is there; return its folder."""
     new = ["--credit", "arca", "--save-every", "10", "--keep-checkpoints", "9"]
     return train_run(RUN, *new, "--eval-problems", "200", "--eval-samples", "0")
 
 
-# ---- The size of the true credit as weights ------------------------------------------------------
+# ---- Tables --------------------------------------------------------------------------------------
+def stored(x):
+    """Return an estimate of a results file, [mean, low, high], as text."""
+    return said(Estimate(*x, p=math.nan, seeds=1))
 
 
-def train_job(job):
-    """Train with one rule and one seed: the reward of each step and the greedy accuracy after."""
-    arm, seed, how = job
-    cfg = Settings(credit=arm, seed=seed, steps=how["train_steps"], prompts=how["train_prompts"])
-    cfg.eval_problems = how["eval_problems"]
-    found = train_arm(cfg, how["train_continuations"])
-    return dict(arm=arm, seed=seed, rewards=found["reward"], greedy=found["greedy"])
+def truth_tables(step, found):
+    """Return, as text, what the rules pay and where the truth lies, at a step."""
+    lines = [[rule, stored(x["gini"]), stored(x["top"])] for rule, x in found["rules"].items()]
+    title = f"Step {step}: {found['completions']} completions of {found['problems']} problems, "
+    title += f"rms of delta {found['delta_rms']:.4f}, of its noise {found['noise_rms']:.4f}"
+    heads = ["rule/sharpening", "Gini", "credit on the decisive tenth"]
+    rules = table(title, heads, lines)
+
+    lines = []
+    for name in CLASSES:
+        shares = [found[key][side][name] for side in SIDES for key in ("tokens", "delta")]
+        lines.append([name, *(f"{100 * share:.1f} %" for share in shares)])
+    heads = ["class", "tokens, right", "delta^2, right", "tokens, wrong", "delta^2, wrong"]
+    return f"{rules}\n\n" + table(f"Step {step}: where tokens and delta^2 lie", heads, lines)
 
 
-# ---- The command line ----------------------------------------------------------------------------
-
-
-def ready():
-    """In each process: one thread, so that sums are rounded alike; Ctrl-C is for the first one."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def run_jobs(work, jobs, processes):
-    """work(job) of each job, in their order; the bar says how long is left."""
-    with multiprocessing.get_context("spawn").Pool(processes, ready) as pool:
-        return list(tqdm(pool.imap(work, jobs), total=len(jobs), desc="jobs", mininterval=0))
-
-
-def measure(how, folder, processes):
-    """Every rule against the truth, at some checkpoints of a run."""
-    for step in how["steps"]:
-        open_run(folder, step)  # what is wrong with it shows now, and not in another process
-    batches = range(1, how["batches"] + 1)
-    jobs = [(folder, step, batch, how) for batch in batches for step in how["steps"]]
-    done = run_jobs(measure_batch, jobs, processes)
-    found = {}
-    for step in how["steps"]:
-        batches = [x for job, x in zip(jobs, done, strict=True) if job[1] == step and x]
-        if not batches:
-            raise UserError(f"no problem with right and wrong completions at step {step}")
-        found[str(step)] = by_side(batches)
-    return found
-
-
-def train(how, processes):
-    """Training with the truth as weights, beside uniform and ARCA."""
-    arms = ("true", "true_signed", "uniform", "arca")  # the long ones first
-    jobs = [(arm, seed, how) for arm in arms for seed in range(1, how["seeds"] + 1)]
-    return compare_arms(run_jobs(train_job, jobs, processes))
+def report(results):
+    """Return all tables of a results file as one text."""
+    return "\n\n".join(truth_tables(*x) for x in results["measured"].items())
 
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("measure", "train", "draw"))
+    parser.add_argument("what", choices=("measure", "report"))
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--run", default="", help="a run folder; default: one that is made here")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", default="", help="the results, a JSON file; figures go beside it")
+    parser.add_argument("--out", default="", help="the results, a JSON file")
     a = parser.parse_args()
+    torch.set_num_threads(1)  # so that sums are rounded alike
     default = ROOT / ("experiments/results" if a.preset == "full" else f"runs/oracle-{a.preset}")
-    out, how = Path(a.out or default / "oracle.json"), PRESETS[a.preset]
-    results = files.read_json(out) if out.exists() or a.what == "draw" else {}
+    out = Path(a.out or default / "oracle.json")
     if a.what == "measure":
-        results["measured"] = measure(how, a.run or make_run(), a.processes)
-    if a.what == "train":
-        results["trained"] = train(how, a.processes)
-    if a.what != "draw":
+        results = measure(a.run or make_run(), *PRESETS[a.preset])
         out.parent.mkdir(parents=True, exist_ok=True)
-        results |= {f"{a.what}_how": how}
-        files.write_whole(out, as_text(results).encode())
-    draw(results, out.parent)
+        write_json(out, results)
+    print(report(read_json(out)))
 
 
 if __name__ == "__main__":

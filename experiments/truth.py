@@ -4,20 +4,16 @@
 tokens y_1 ... y_T moves it by delta_t = V(y_1..t) - V(y_1..t-1): the advantage of having chosen
 y_t. At the end V is the reward, so the deltas of a completion sum to its reward minus V(prompt).
 
-**Estimate.** V is the success rate of fresh continuations, all sampled in one pool and each start
-read once. A continuation that follows the completion for a while is a fresh continuation of every
-prefix that it passes, and counts for them all. So it is enough to start from the prompt, and
-again after each token that few continuations would choose: where a token is next to certain, the
-same continuations stand on both sides of it, and it gets a delta next to 0 instead of noise. A
-prefix that got fewer than `least` = 64 visits is sampled by itself. What several completions share
-is estimated once. No count is biased: whether a continuation is counted for a prefix depends on how
-it got there, and its outcome on how it goes on.
+**Estimate.** V is the success rate of fresh continuations. One that follows the completion for a
+while is a fresh continuation of every prefix that it passes, and counts for them all. So it is
+enough to start from the prompt, and again after each token that few continuations would choose; a
+token that is next to certain gets a delta next to 0 instead of noise. A prefix with fewer than
+`least` visits is sampled by itself. No count is biased: whether a continuation is counted for a
+prefix depends on how it got there, and its outcome on how it goes on.
 
-**Noise.** |delta| of pure noise is not 0. Continuations are dealt into two halves, which are
-independent, and give delta_a and delta_b. Their mean is delta. Half their difference, e, has the
-noise of delta and no truth. The product delta_a delta_b has the mean delta^2, without noise. When
-the truth itself is a rule (`true`: weights |delta|), one half makes the weights and the other half
-is what they are measured against.
+**Noise.** Continuations are dealt into two halves, which are independent, and give delta_a and
+delta_b. Their mean is delta. Half their difference has the noise of delta and no truth. Their
+product has the mean delta^2, without noise.
 """
 
 import subprocess
@@ -43,9 +39,8 @@ from train import Settings
 ROOT = Path(__file__).parent.parent
 REACH = 0.5  # a prefix that a smaller share of continuations is expected to pass is a start
 
+
 # ---- The value of every prefix -------------------------------------------------------------------
-
-
 def grader(tokenizer, problems):
     """(problem index, completion's ids) -> reward; what was graded before is looked up."""
 
@@ -63,12 +58,13 @@ def prefixes_of(rollout, row):
     return [(int(row) // rollout.rewards.shape[1], ids[:t]) for t in range(len(ids) + 1)]
 
 
-def starts_of(prefixes, probs, reach):
-    """The prefixes to sample from; probs: of each token, under the policy. With reach 1: all."""
-    starts, passing = [prefixes[0]], 1.0
+def starts_of(prefixes, probs):
+    """The prefixes to sample from; probs: of each token, under the policy."""
+    starts = [prefixes[0]]
+    passing = 1.0
     for prefix, p in zip(prefixes[1:-1], probs, strict=False):
         passing *= p
-        if passing < reach or reach == 1:
+        if passing < REACH:
             starts.append(prefix)
             passing = 1.0
     return starts
@@ -88,39 +84,43 @@ def follow(tally, starts, c, n, limit, grade):
             tally[p, whole[:t]][:, row % 2] += (reward, 1)
 
 
-def prefix_values(model, rollout, rows, cfg, eos_ids, grade, n, least=64, step=0, reach=REACH):
+def prefix_values(model, rollout, rows, cfg, eos_ids, grade, n, least=64, step=0):
     """V at the T + 1 prefixes of the given rows of a Rollout, and how many continuations it is the
     success rate of: two (2, b, T + 1), by half; past a completion's end V is its reward.
 
     n continuations (even, at least `least`) of each start. Their randomness is that of (cfg.seed,
     -2 - step), which no training step and no evaluation has.
     """
+    # Where to start from.
     chains = [prefixes_of(rollout, row) for row in rows]
     tally = {prefix: np.zeros((2, 2)) for chain in chains for prefix in chain[:-1]}
     probs = rollout.completions.logps.exp()[rows].tolist()
-    pairs = zip(chains, probs, strict=True)
-    starts = list(dict.fromkeys(x for chain, p in pairs for x in starts_of(chain, p, reach)))
+    starts = []
+    for chain, p in zip(chains, probs, strict=True):
+        starts += starts_of(chain, p)
+    starts = list(dict.fromkeys(starts))  # what completions share is estimated once
+
+    # Continuations, until every prefix has its visits.
     while starts:
         prompts = [rollout.problems[p]["prompt"] + list(ids) for p, ids in starts]
         how = dict(temperature=cfg.temperature, top_p=cfg.top_p, eos_ids=eos_ids)
         c = generate(model, prompts, n, cfg.max_new_tokens, seed=cfg.seed, step=-2 - step, **how)
         follow(tally, starts, c, n, cfg.max_new_tokens, grade)
         starts = [x for x, (_, visits) in tally.items() if visits.min() < least / 2]
-    T = max(map(len, chains))
-    V, visits = torch.zeros(2, len(rows), T), torch.zeros(2, len(rows), T)
-    V += rollout.rewards.flatten()[rows][:, None]  # the whole completion's, and the padding's
+
+    # Success rates. That of the whole completion, and of padding, is its reward.
+    V = rollout.rewards.flatten()[rows][:, None].repeat(2, 1, max(map(len, chains)))
+    visits = torch.zeros_like(V)
     for i, chain in enumerate(chains):
         won, seen = torch.tensor(np.array([tally[x] for x in chain[:-1]])).permute(1, 2, 0)
-        V[:, i, : len(chain) - 1], visits[:, i, : len(chain) - 1] = won / seen, seen
+        V[:, i, : len(chain) - 1] = won / seen
+        visits[:, i, : len(chain) - 1] = seen
     return V, visits
 
 
-# ---- A checkpoint of a run, and what the rules read ---------------------------------------------
-
-
+# ---- A checkpoint of a run, and what the rules read ----------------------------------------------
 def train_run(folder, *flags):
-    """Train a run with these flags of train.py, unless it is there; one cut short goes on. Returns
-    its folder; UserError if it cannot be trained."""
+    """Train a run with these flags of train.py, or what is missing of it; return its folder."""
     args = [*flags, "--out", folder]
     if (Path(folder) / "config.json").exists():
         args = ["--resume", folder]
@@ -136,10 +136,7 @@ def saved_adapters(folder) -> dict:
         tensors, about = files.read_tensors(path)
         adapter = [name for name in tensors if name.startswith("adapter.")]
         named = {name.removeprefix("adapter."): tensors[name] for name in adapter}
-        step = step_of(about)
-        if step < 0:
-            raise UserError(f"{path} is of no step: it is not a checkpoint of train.py")
-        saved[step] = named
+        saved[step_of(about)] = named
     return saved
 
 

@@ -30,7 +30,7 @@ DEFAULTS = dict(rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False)
 LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 OURS = Path(__file__).parent.parent / "data"
 # Our own checkpoints; each folder holds its problems, too.
-NAMED = {name: OURS / name for name in ("tiny", "slips")}
+NAMED = {name: OURS / name for name in ("tiny", "slips", "three", "format")}
 ADAPTER = "adapter_config.json"
 EMBEDDING = "model.embed_tokens.weight"
 SETTINGS = ["config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"]

@@ -5,7 +5,7 @@
 
 fork.png asks every checkpoint of the run the same held-out problems: how many completions guess,
 how many work the problem out, and how many of each are right. paid.png is what
-experiments/credit_figure.py draws, with fewer rules and larger type.
+view/credit_figure.py draws, with fewer rules and larger type.
 """
 
 import sys
@@ -15,7 +15,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.problems import add_prompts, load_problems
 from eval_math import verify
-from experiments.credit_figure import draw_band
 from experiments.truth import saved_adapters
 from lora import lora_parameters
 from run.checkpoints import read_settings
@@ -23,6 +22,7 @@ from run.flags import load_base
 from sample import generate
 from system.errors import Parser, UserError, run_cli
 from train import Settings
+from view.credit_figure import draw_band
 from view.draw import LIGHT, TOP, is_right, telling_pair
 from view.samples import make_groups, need_samples
 

@@ -22,7 +22,7 @@ from helpers import (
 
 import grpo
 from experiments import first_order
-from experiments.first_order import ALL, BASE, PLAIN
+from experiments.first_order import ALL, BASE, PARTS, PLAIN
 from experiments.rows import default_file, paired, read_results
 from lora import lora_parameters
 from system.errors import UserError
@@ -206,20 +206,21 @@ def test_a_checkpoint_is_measured_once(monkeypatch, tmp_path, capsys):
         asked.append(step)
         one = torch.ones(N + 1, dtype=torch.float64)
         base = {"along": one, "own": one, "true": one, "size": 2 * one, "clipped": 0 * one}
-        base |= {"gain": torch.ones(N + 1, 9), "noise": torch.ones(N + 1, 9)}
+        parts = torch.ones(N + 1, len(PARTS))
+        base |= dict(gain=parts, noise=parts)
         return {rule: base | {"adam": one * (1 + x.mean())} for rule, x in rules.items()}
 
     monkeypatch.setattr(first_order, "measure", measure)
     monkeypatch.setattr(first_order, "open_run", lambda *at: (None, None, settings(), []))
     out = tmp_path / "out.json"
-    first_order.measure_run("run", [5], 6, out)
-    first_order.measure_run("run", [5, 10], 6, out)
+    first_order.measure_run("run", [5], 6, out, ALL)
+    first_order.measure_run("run", [5, 10], 6, out, ALL)
     assert asked == [5, 10]
     with pytest.raises(UserError, match="other settings"):
-        first_order.measure_run("run", [20], 7, out)
-    first_order.report(read_results(out)[1])
+        first_order.measure_run("run", [20], 7, out, ALL)
+    first_order.report(*read_results(out))
     printed = capsys.readouterr().out
-    assert "Spearman 1.00 [" in printed and "over 12 settings" in printed
+    assert "Spearman 1.00 [" in printed and "over 12" in printed
     assert "hit" in printed and "MISS" not in printed
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import arms, concentration, first_order_report, oracle_report, tables, theory
+from experiments import arms, concentration, first_order_report, oracle, tables, theory
 from experiments.rows import read_results
 from system.files import read_json
 
@@ -37,23 +37,21 @@ def sweep_tables():
 @pytest.fixture(scope="module")
 def printed(sweep_tables):
     """All that the scripts of experiments/ print of the result files."""
-    oracle = read_json(RESULTS / "oracle.json")
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        for power in (1, 2):
-            oracle_report.print_measured(oracle["measured"], power)
-        oracle_report.print_trained(oracle["trained"])
-        first_order_report.report(read_results(RESULTS / "first_order.json")[1])
-        theory.print_table(read_json(RESULTS / "theory.json"))
+        for path in RESULTS.glob("first_order*.json"):
+            first_order_report.report(*read_results(path))
         for found in read_json(RESULTS / "real.json")["after"].values():
             concentration.show(found["rules"], found)
-    causal = arms.tables(read_results(RESULTS / "causal.json")[1])
-    return sweep_tables + causal + out.getvalue()
+    truth = oracle.report(read_json(RESULTS / "oracle.json"))
+    propositions = theory.report(read_json(RESULTS / "theory.json"))
+    trained = arms.tables(read_results(RESULTS / "arms.json")[1])
+    return "\n".join([sweep_tables, truth, propositions, trained, out.getvalue()])
 
 
 def test_no_interval_of_the_results_without_a_source(printed):
     """A number typed by hand, or left over from an older run, would be believed like the others:
     every interval of the pages is one that the scripts print of the files beside them."""
-    pages = [HOUSE / "experiments" / name for name in ("RESULTS.md", "real.md")]
+    pages = [HOUSE / "experiments" / name for name in ("RESULTS.md", "real.md", "testbeds.md")]
     stated = intervals("".join(page.read_text(encoding="utf-8") for page in pages))
     assert len(stated) >= 100
     assert stated <= intervals(printed)

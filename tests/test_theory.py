@@ -7,8 +7,7 @@ import torch
 from helpers import handmade, settings, tiny_model
 
 import credit
-from experiments.theory import apart, at_scale, floored, scaled, surprisal_bounds, weights
-from experiments.truth import all_signals
+from experiments.theory import apart, at_scale, floored, signals_at, stated_bound, weights
 from lora import LoRALinear
 
 MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
@@ -25,12 +24,6 @@ def case():
     return tiny_model(B=0.1), handmade(prompts, completions, [1, 0, 1, 0]), cfg
 
 
-def signals_at(case, c):
-    model, rollout, cfg = case
-    with scaled(model, c):
-        return all_signals(model, rollout, cfg)
-
-
 # ---- The floor -----------------------------------------------------------------------------------
 
 
@@ -39,6 +32,18 @@ def test_floor_by_hand():
     w = floored(SCORES, MASK, 1e-3)
     assert w[0].tolist() == pytest.approx([4 / 8, 2 / 8, 1 / 8, 1 / 8, 0], abs=1e-7)
     assert w[1].tolist() == pytest.approx([1.25 / 3, 1.75 / 3, 0, 0, 0], abs=1e-7)
+
+
+def test_a_floor_divides_the_distance_from_uniform():
+    """Proposition 2, exactly: a floor of f times the mean score leaves 1 / (1 + f) of it, so a
+    dominating floor makes weights uniform, and a negligible one changes nothing."""
+    length = MASK.sum(dim=1, keepdim=True)
+    mean = (SCORES.double() * MASK).sum(dim=1, keepdim=True) / length
+    without = apart(floored(SCORES, MASK, 0), MASK / length)
+    assert (without > 0.4).all()
+    for f in (1e-6, 1.0, 1e3):
+        distance = apart(floored(SCORES, MASK, f * mean), MASK / length)
+        assert torch.allclose(distance, without / (1 + f), rtol=1e-6)
 
 
 def test_a_dominating_floor_leaves_first_order_deviations():
@@ -63,14 +68,19 @@ def test_a_negligible_floor_leaves_the_rule_itself():
 
 
 def test_bounds_hold_on_a_real_network(case):
-    """With T the first bound holds at every scale, and the second proposition's as well."""
-    model, rollout, cfg = case
-    limit = signals_at(case, 0.01)
+    """With T the first bound holds at every scale, and so does the second proposition's: no
+    divergence is larger than 2 L beta."""
+    head = case[0].lm_head.weight
+    limit = signals_at(0.01, *case)
     for c in (0.001, 0.1, 1.0, 10.0):
-        found = at_scale(model, rollout, cfg, c, limit)
-        assert (found["moved"] <= found["proved"] + 1e-6).all()
-        assert (found["used"] <= 1).all()
-        assert (found["moved"] > 0).all()
+        signals = signals_at(c, *case)
+        found = at_scale(signals, limit, head)
+        proved = found["bound, stated"] * signals.mask.sum(dim=1)
+        assert (found["surprisal moved"] > 0).all()
+        assert (found["surprisal moved"] <= proved + 1e-6).all()
+        beta = signals.residual.amax(dim=1)
+        largest = (signals.logp - signals.ref_logp).abs().amax(dim=1)
+        assert (largest <= 2 * torch.linalg.matrix_norm(head, ord=2) * beta).all()
 
 
 def test_the_bound_as_stated_lacks_the_length():
@@ -85,11 +95,11 @@ def test_the_bound_as_stated_lacks_the_length():
     surprisal = torch.log1p(torch.exp(-2 * states))
     base, mask = torch.ones(1, T, dtype=torch.double), torch.ones(1, T)
     moved = apart(floored(surprisal, mask, 0), floored(base, mask, 0))
-    stated, proved = surprisal_bounds(head, torch.tensor([beta]).double(), base, mask)
+    stated = stated_bound(head, torch.tensor([beta]).double(), base, mask)
     # Half of the weights gain and half lose 2 (1 - 1/e) beta / T.
     assert moved.item() == pytest.approx(2 * (1 - 1 / math.e) * beta, rel=1e-3)
     assert stated.item() == pytest.approx(4 * 2**0.5 * beta / T)
-    assert stated < moved < proved
+    assert stated < moved < T * stated
 
 
 # ---- Scale ---------------------------------------------------------------------------------------
@@ -114,7 +124,7 @@ def test_one_linear_layer_is_exactly_invariant():
 @pytest.mark.parametrize("rule", ["arca", "divergence"])
 def test_a_network_is_invariant_to_first_order(case, rule):
     """In a network what is left is of first order in c: half the scale, half the distance."""
-    at = {c: weights(rule, signals_at(case, c)) for c in (0.2, 0.1, 0.05, 0.025)}
+    at = {c: weights(rule, signals_at(c, *case)) for c in (0.2, 0.1, 0.05, 0.025)}
     first, second = apart(at[0.2], at[0.1]).mean(), apart(at[0.1], at[0.05]).mean()
     third = apart(at[0.05], at[0.025]).mean()
     assert 1.5 < first / second < 2.7 and 1.5 < second / third < 2.7
@@ -123,14 +133,12 @@ def test_a_network_is_invariant_to_first_order(case, rule):
 
 def test_a_network_is_not_invariant_at_large_scales(case):
     """Where it fails: there the weights are other weights."""
-    limit, large = (weights("arca", signals_at(case, c)) for c in (0.01, 10.0))
+    limit, large = (weights("arca", signals_at(c, *case)) for c in (0.01, 10.0))
     assert apart(limit, large).mean() > 0.1
 
 
-def test_scaled_is_undone(case):
+def test_the_scale_is_put_back(case):
     """A scale that stays would change every later number."""
-    model = case[0]
-    before = weights("arca", signals_at(case, 1.0))
-    with pytest.raises(ZeroDivisionError), scaled(model, 3.0):
-        raise ZeroDivisionError
-    assert torch.equal(weights("arca", signals_at(case, 1.0)), before)
+    before = weights("arca", signals_at(1.0, *case))
+    signals_at(3.0, *case)
+    assert torch.equal(weights("arca", signals_at(1.0, *case)), before)

@@ -425,7 +425,7 @@ def test_figure(monkeypatch, tmp_path):
     """Dollar signs that matplotlib takes for formulas and cannot parse, signs that its font lacks,
     a completion too long for one row of tokens."""
     pytest.importorskip("matplotlib")
-    from experiments import credit_figure
+    from view import credit_figure
 
     tokens = ["$\\frac$", "}$", "_^", "\n", "汉", "x" * 30]
     problem = "$\\frac{$ $x_$?"

@@ -1,21 +1,12 @@
 """The credit of every rule on a right and a wrong completion of a run, as a figure.
 
-python experiments/credit_figure.py RUN --out docs/credit.png
+python -m view.credit_figure RUN --out docs/credit.png
 """
 
-import sys
 import warnings
-from pathlib import Path
+from importlib.util import find_spec
 
-try:
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
-except ModuleNotFoundError:
-    print("error: the figure needs matplotlib: pip install matplotlib", file=sys.stderr)
-    sys.exit(2)
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
-from system.errors import Parser, run_cli
+from system.errors import Parser, UserError, run_cli
 from view.draw import LIGHT, TOP, shade, telling_pair, verdict
 from view.samples import make_groups, need_samples
 
@@ -38,6 +29,9 @@ def draw_band(ax, tokens, weights, wide, colours):
 def figure(groups, names, power, path):
     """Draw a right and a wrong completion, each rule a row of shaded tokens. A heat map has 64
     tokens, a completion four of them at most."""
+    from matplotlib.colors import LinearSegmentedColormap  # optional, as in picture.py
+    from matplotlib.figure import Figure
+
     # A band is a heat map: up to `wide` tokens of a completion, from a start on.
     group, pair = telling_pair(groups)
     wide = min(64, max(len(c["tokens"]) for c in pair))
@@ -68,11 +62,13 @@ def figure(groups, names, power, path):
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m view.credit_figure", description=__doc__.splitlines()[0])
     parser.add_argument("run", help="the folder of a run")
     parser.add_argument("--sharpening", type=int, choices=(1, 2), default=1)
     parser.add_argument("--out", default="credit.png")
     args = parser.parse_args()
+    if not find_spec("matplotlib"):
+        raise UserError("the figure needs matplotlib: pip install matplotlib")
     samples = need_samples(args.run)
     figure(make_groups(samples), list(samples[0]["rules"]), args.sharpening, args.out)
     print(f"figure: {args.out}")
