@@ -39,13 +39,13 @@ import sample
 import train
 from data.problems import TINY, add_prompts, load_problems
 from eval_math import graded
-from experiments.compare import compare
 from hf.checkpoint import INDEX, load_model, load_tokenizer
 from hf.peft import load_adapter, save_adapter
 from lora import add_lora, lora_parameters
 from run import checkpoints
 from run import folder as run_folder
 from run.answers import print_groups, read_completions
+from run.compare import compare
 from run.flags import check, check_fit
 from system import files
 from system.errors import UserError, printable

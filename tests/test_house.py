@@ -259,7 +259,7 @@ def test_the_product_is_small():
     adds a rule."""
     counts = {path: len(text.splitlines()) for path, text in product().items()}
     verifier = sum(n for path, n in counts.items() if path.startswith("verifier/"))
-    assert sum(counts.values()) - verifier < 6030, counts
+    assert sum(counts.values()) - verifier < 6091, counts
     assert verifier < 1400, counts
 
 

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval_math import main, verify
-from experiments.compare import compare, mcnemar, paired_difference
+from run.compare import compare, mcnemar, paired_difference
 from system.errors import UserError
 from verifier.compare import same_answer
 from verifier.extract import extract_answer, last_boxed

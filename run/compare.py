@@ -2,14 +2,11 @@
 
 python eval_math.py --adapter A --out a.jsonl
 python eval_math.py --adapter B --out b.jsonl
-python experiments/compare.py a.jsonl b.jsonl
+python -m run.compare a.jsonl b.jsonl
 """
 
 import math
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
 from run.answers import NORMAL, read_answers
 from system.errors import Parser, UserError, run_cli
 
