@@ -129,7 +129,8 @@ def test_commands_exist():
         if script in GRADED:
             continue
         if script == "-m":
-            script = f"{words.pop(0)}/__main__.py"
+            place = words.pop(0).replace(".", "/")
+            script = f"{place}/__main__.py" if (HOUSE / place).is_dir() else f"{place}.py"
         known = read(HOUSE / script) + read(HOUSE / "run/flags.py")
         if script == "lessons/fool.py":  # takes those of train.py
             known += read(HOUSE / "train.py")
