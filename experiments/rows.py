@@ -1,4 +1,4 @@
-"""From run folders to one small file with every number of the tables and figures, and back.
+"""From run folders to one small file with every number of the tables, and back.
 
 A row is a run: its setting, the outcome on every problem, and what it logged at every step.
 Nothing in a row depends on the clock, on the machine's paths or on the order of the runs.

@@ -1,6 +1,6 @@
-"""The paper's two tables from a results file, and what they lack: intervals, paired tests, curves.
+"""The paper's two tables from a results file, and what they lack: intervals, paired tests.
 
-    python experiments/tables.py [experiments/results/tiny.json] [--figure PICTURE.png]
+    python experiments/tables.py [experiments/results/tiny.json]
 
 A pure function of the file. Verdicts rest on the mean train reward; greedy accuracy and pass@4 are
 secondary.
@@ -11,12 +11,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import numpy as np
-
 from experiments.rows import default_file, in_cell, matrix, paired, read_results
 from experiments.stats import crossed, holm
 from run.answers import wilson
-from system.errors import Parser, UserError, run_cli
+from system.errors import Parser, run_cli
 
 RULES = ("uniform", "surprisal", "entropy_reduction", "divergence", "arca")  # the paper's
 PUBLISHED = {  # its tables, by (rule, rank): greedy, pass@4, mean reward, Gini, effective ratio
@@ -151,50 +149,10 @@ def tables(about, rows) -> str:
     return "\n\n".join(make(about, rows, cells) for make in makers)
 
 
-def draw_curve(ax, runs, width, label, colour, dashes):
-    """Draw the mean reward of runs by step, each point of `width` steps, and its 95 % band."""
-    weights = np.ones(width) / width
-    smooth = [np.convolve(np.array(row["reward"], float), weights, "valid") for row in runs]
-    points = [crossed(np.array(step)[:, None]) for step in zip(*smooth, strict=True)]
-    steps = np.arange(len(points)) + (width + 1) / 2
-    ax.plot(steps, [e.mean for e in points], dashes, color=colour, label=label)
-    ends = [[e.low for e in points], [e.high for e in points]]
-    ax.fill_between(steps, *ends, color=colour, alpha=0.15, linewidth=0)
-
-
-def draw(about, rows, path):
-    """Draw the learning curves: a panel for each rule, beside uniform, all at the main rank."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the figure needs matplotlib: pip install matplotlib") from None
-    rank, width = about["rank"], min(5, about["steps"])
-    rules = dict.fromkeys(rule for rule, *_ in about["cells"] if rule != "uniform")
-    figure = Figure(figsize=(8, 5), dpi=160, layout="constrained")
-    axes = figure.subplots(math.ceil(len(rules) / 3), 3, sharex=True, sharey=True, squeeze=False)
-    for ax, rule in zip(axes.flat, rules, strict=False):
-        for label, cell, *look in (
-            ("uniform", ("uniform", rank, 1.0), "#555555", "-"),
-            ("sharpening 2", (rule, rank, 2.0), "#d55e00", "-"),
-            ("sharpening 1", (rule, rank, 1.0), "#0072b2", "--"),
-        ):
-            draw_curve(ax, in_cell(rows, cell).values(), width, label, *look)
-        ax.set(title=rule, ylim=(0, 1))
-    axes[0, 0].legend(loc="lower right", frameon=False)
-    figure.supxlabel("step")
-    figure.supylabel(f"train reward, mean of {width} steps")
-    figure.savefig(path)
-
-
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="?", default=default_file(), help="of sweep.py")
-    parser.add_argument("--figure", help="a PNG to draw the learning curves to")
-    args = parser.parse_args()
-    about, rows = read_results(args.results)
-    print(tables(about, rows))
-    if args.figure:
-        draw(about, rows, args.figure)
+    print(tables(*read_results(parser.parse_args().results)))
 
 
 if __name__ == "__main__":
