@@ -2,41 +2,40 @@
 
     python experiments/concentration.py --adapter runs/NAME/adapter
 
-All rules are measured on the same completions, one of each problem, so that completions are
-independent and the intervals are over them.
+All rules are measured on the same completions, one of each problem: the intervals are over them.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import torch
-
 import credit
-import grpo
 from data.problems import load_problems
 from experiments.stats import Estimate, crossed
 from experiments.tables import PUBLISHED, RULES, said, table
+from experiments.truth import all_signals
+from grpo import sample_rollout
 from run.flags import add_flags, load_base
 from system.errors import Parser, run_cli
 from system.files import write_json
 from train import Settings
 
 OWN_FLAGS = {
-    "problems": (64, "of each of which one completion is sampled"), "out": ("", "a JSON file"),
-    "max_new_tokens": (128, "longer completions are cut off"), "temperature": (1.0, "of sampling"),
-}  # fmt: skip
+    "problems": (64, "of each of which one completion is sampled"),
+    "max_new_tokens": (128, "longer completions are cut off"),
+    "out": ("", "a JSON file"),
+}
 
 
 def sample_signals(cfg) -> credit.Signals:
     """Return all signals of one completion of each problem, sampled now; cfg: the flags."""
     model, tokenizer = load_base(cfg)
     problems = load_problems(cfg.data, "test")[: cfg.problems]
-    how = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=cfg.seed)
-    training = Settings(credit="arca", samples=1, **how)
-    rollout = grpo.sample_rollout(model, tokenizer, problems, training, 0)
+    limits = dict(max_new_tokens=cfg.max_new_tokens, seed=cfg.seed)
+    training = Settings(samples=1, advantage="centered", **limits)  # of one completion: 0
+    rollout = sample_rollout(model, tokenizer, problems, training, 0)
     rollout.completions.check()
-    return grpo.update(model, None, rollout, torch.zeros(len(problems)), training, compare=True)[1]
+    return all_signals(model, rollout, training)
 
 
 def concentration(rule, signals, power):
@@ -63,16 +62,14 @@ def show(found, about):
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     add_flags(parser, OWN_FLAGS)
-    parser.add_argument("--sharpening", type=float, nargs="+", default=[1.0, 2.0], help="exponents")
     cfg = parser.parse_args()
     signals = sample_signals(cfg)
     if not signals.residual.any():
         print("no adapter, or one that is zero: ARCA and divergence fall back to uniform")
     found = {}
     for rule in RULES:
-        found[rule] = {f"{p:g}": concentration(rule, signals, p) for p in cfg.sharpening}
-    lengths = signals.mask.sum(dim=1).float()
-    about = dict(completions=len(lengths), mean_tokens=round(lengths.mean().item(), 1))
+        found[rule] = {power: concentration(rule, signals, power) for power in (1, 2)}
+    about = dict(completions=len(signals.mask))
     if cfg.out:
         write_json(Path(cfg.out), about | dict(rules=found))
     show(found, about)

@@ -1,16 +1,13 @@
 """Does a credit rule pay the tokens that decide the outcome? Measured against sampled truth.
 
-    python experiments/oracle.py measure    # every rule against the truth, early and late in a run
+    python experiments/oracle.py measure    # early and late in a run; --preset quick: a miniature
     python experiments/oracle.py report     # the tables again, from the results
 
---preset quick is a miniature. delta_t is what choosing token t was worth (truth.py). Of each
-problem with right and wrong completions (no others teach anything) one of each is looked at. The
-decisive tenth of its tokens has the largest |delta|; `uniform` shows what it gets by chance. Noise
-moves tokens into that tenth, so its size is measured, too. None of this is the value of an update:
-first_order.py measures that.
+delta_t is what choosing token t was worth (truth.py). The decisive tenth of a completion's tokens
+has the largest |delta|; noise moves tokens into it, so its size is measured, too. None of this is
+the value of an update: first_order.py measures that.
 """
 
-import math
 import sys
 from itertools import product
 from pathlib import Path
@@ -31,7 +28,6 @@ from run.metrics import CLASSES, step_classes
 from system.errors import Parser, UserError, run_cli
 from system.files import read_json, write_json
 
-RUN = str(ROOT / "runs/oracle-arca")
 STEPS = (10, 80)  # of the checkpoints that are measured
 SIDES = ("right", "wrong")
 PRESETS = dict(full=(18, 512), quick=(1, 64))  # batches, continuations of each start
@@ -138,9 +134,9 @@ def summary(batches):
 
 def measure(folder, batches, continuations):
     """Hold every rule against the truth, at checkpoints of a run; return the results file."""
-    opened = [open_run(folder, step) for step in STEPS]  # what is wrong with it shows at once
     found = {}
-    for step, run in zip(STEPS, opened, strict=True):
+    for step in STEPS:
+        run = open_run(folder, step)
         scored = []
         for batch in tqdm(range(1, batches + 1), desc=f"step {step}", mininterval=0):
             scored += measure_batch(run, batch, continuations)
@@ -152,19 +148,16 @@ def measure(folder, batches, continuations):
 
 def make_run():
     """Train the run whose checkpoints are measured, unless it is there; return its folder."""
-    new = ["--credit", "arca", "--save-every", "10", "--keep-checkpoints", "9"]
-    return train_run(RUN, *new, "--eval-problems", "200", "--eval-samples", "0")
+    flags = "--credit arca --save-every 10 --keep-checkpoints 9 --eval-problems 200"
+    return train_run(str(ROOT / "runs/oracle-arca"), *flags.split(), "--eval-samples", "0")
 
 
 # ---- Tables --------------------------------------------------------------------------------------
-def stored(x):
-    """Return an estimate of a results file, [mean, low, high], as text."""
-    return said(Estimate(*x, p=math.nan, seeds=1))
-
-
 def truth_tables(step, found):
     """Return, as text, what the rules pay and where the truth lies, at a step."""
-    lines = [[rule, stored(x["gini"]), stored(x["top"])] for rule, x in found["rules"].items()]
+    lines = []
+    for rule, x in found["rules"].items():
+        lines.append([rule, said(Estimate(*x["gini"])), said(Estimate(*x["top"]))])
     title = f"Step {step}: {found['completions']} completions of {found['problems']} problems, "
     title += f"rms of delta {found['delta_rms']:.4f}, of its noise {found['noise_rms']:.4f}"
     heads = ["rule/sharpening", "Gini", "credit on the decisive tenth"]
@@ -187,16 +180,11 @@ def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("measure", "report"))
     parser.add_argument("--preset", choices=PRESETS, default="full")
-    parser.add_argument("--run", default="", help="a run folder; default: one that is made here")
-    parser.add_argument("--out", default="", help="the results, a JSON file")
     a = parser.parse_args()
     torch.set_num_threads(1)  # so that sums are rounded alike
-    default = ROOT / ("experiments/results" if a.preset == "full" else f"runs/oracle-{a.preset}")
-    out = Path(a.out or default / "oracle.json")
+    out = ROOT / ("experiments/results/oracle.json" if a.preset == "full" else "runs/oracle.json")
     if a.what == "measure":
-        results = measure(a.run or make_run(), *PRESETS[a.preset])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, results)
+        write_json(out, measure(make_run(), *PRESETS[a.preset]))
     print(report(read_json(out)))
 
 

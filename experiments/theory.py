@@ -25,15 +25,15 @@ from tqdm import tqdm
 
 import credit
 from data.problems import problems_of_step
-from experiments.oracle import ROOT, bootstrap, make_run, stored
-from experiments.tables import table
-from experiments.truth import all_signals, open_run
+from experiments.oracle import bootstrap, make_run
+from experiments.stats import Estimate
+from experiments.tables import said, table
+from experiments.truth import ROOT, all_signals, open_run
 from grpo import sample_rollout
 from lora import lora_layers
 from system.errors import Parser, run_cli
 from system.files import write_json
 
-RESULTS = ROOT / "experiments/results/theory.json"
 SCALES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SMALL = 0.01  # the scale that stands for the limit: below it rounding shows
 FLOORS = (1e-8, 1e-2)
@@ -107,7 +107,9 @@ def measure(folder, prompts=64):
 
 def report(found):
     """Return the table of a results file as text."""
-    lines = [[c, *map(stored, row.values())] for c, row in found["scales"].items()]
+    lines = []
+    for c, row in found["scales"].items():
+        lines.append([c, *(said(Estimate(*x)) for x in row.values())])
     size = f"{found['completions']} completions of {found['problems']} problems"
     return table(f"{size}: L1 distances of weights, at most 2", ["c", *found["scales"]["1"]], lines)
 
@@ -116,7 +118,7 @@ def main():
     Parser(description=__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(1)  # so that sums are rounded alike
     found = measure(make_run())
-    write_json(RESULTS, found)
+    write_json(ROOT / "experiments/results/theory.json", found)
     print(report(found))
 
 

@@ -72,11 +72,10 @@ def starts_of(prefixes, probs):
 
 def follow(tally, starts, c, n, limit, grade):
     """Count the n continuations of each start for every prefix in the tally that they pass."""
-    tokens, lengths = c.tokens.tolist(), c.lengths.tolist()
-    for row, (ids, length) in enumerate(zip(tokens, lengths, strict=True)):
+    for row, ids in enumerate(c.tokens.tolist()):
         p, before = starts[row // n]
         # Continuations are as long as whole completions may be: what is beyond that is cut off.
-        whole = before + tuple(ids[: min(length, limit - len(before))])
+        whole = (before + tuple(ids[: c.lengths[row]]))[:limit]
         reward = grade(p, whole)
         for t in range(len(before), len(whole)):
             if (p, whole[:t]) not in tally:
@@ -135,8 +134,7 @@ def saved_adapters(folder) -> dict:
     for path in checkpoint_paths(Path(folder)):
         tensors, about = files.read_tensors(path)
         adapter = [name for name in tensors if name.startswith("adapter.")]
-        named = {name.removeprefix("adapter."): tensors[name] for name in adapter}
-        saved[step_of(about)] = named
+        saved[step_of(about)] = {name: tensors[name] for name in adapter}
     return saved
 
 
@@ -151,7 +149,7 @@ def open_run(folder, step=None):
         kept = f"{folder} keeps steps {sorted(found)}, not {step}"
         raise UserError(f"{kept}: train with more --keep-checkpoints")
     model, tokenizer = load_base(replace(cfg, adapter=""))
-    put_adapter(model, found[step], cfg.rank, cfg.alpha, folder, prefix="")
+    put_adapter(model, found[step], cfg.rank, cfg.alpha, folder, "adapter.")
     return model, tokenizer, cfg, load_split(cfg, tokenizer)[0]
 
 
