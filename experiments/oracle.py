@@ -153,27 +153,25 @@ def make_run():
 
 
 # ---- Tables --------------------------------------------------------------------------------------
-def truth_tables(step, found):
-    """Return, as text, what the rules pay and where the truth lies, at a step."""
-    lines = []
-    for rule, x in found["rules"].items():
-        lines.append([rule, said(Estimate(*x["gini"])), said(Estimate(*x["top"]))])
-    title = f"Step {step}: {found['completions']} completions of {found['problems']} problems, "
-    title += f"rms of delta {found['delta_rms']:.4f}, of its noise {found['noise_rms']:.4f}"
-    heads = ["rule/sharpening", "Gini", "credit on the decisive tenth"]
-    rules = table(title, heads, lines)
-
-    lines = []
-    for name in CLASSES:
-        shares = [found[key][side][name] for side in SIDES for key in ("tokens", "delta")]
-        lines.append([name, *(f"{100 * share:.1f} %" for share in shares)])
-    heads = ["class", "tokens, right", "delta^2, right", "tokens, wrong", "delta^2, wrong"]
-    return f"{rules}\n\n" + table(f"Step {step}: where tokens and delta^2 lie", heads, lines)
-
-
 def report(results):
-    """Return all tables of a results file as one text."""
-    return "\n\n".join(truth_tables(*x) for x in results["measured"].items())
+    """Return, as text, what the rules pay and where the truth lies, at every step measured."""
+    found = []
+    for step, x in results["measured"].items():
+        title = f"Step {step}: {x['completions']} completions of {x['problems']} problems, "
+        title += f"rms of delta {x['delta_rms']:.4f}, of its noise {x['noise_rms']:.4f}"
+        heads = ["rule/sharpening", "Gini", "credit on the decisive tenth"]
+        lines = []
+        for rule, y in x["rules"].items():
+            lines.append([rule, said(Estimate(*y["gini"])), said(Estimate(*y["top"]))])
+        found.append(table(title, heads, lines))
+
+        heads = ["class", "tokens, right", "delta^2, right", "tokens, wrong", "delta^2, wrong"]
+        lines = []
+        for name in CLASSES:
+            shares = [x[key][side][name] for side in SIDES for key in ("tokens", "delta")]
+            lines.append([name, *(f"{100 * share:.1f} %" for share in shares)])
+        found.append(table(f"Step {step}: where tokens and delta^2 lie", heads, lines))
+    return "\n\n".join(found)
 
 
 def main():

@@ -23,11 +23,8 @@ class Estimate:
 
 
 def t_tail(t, df):
-    """P(|T| >= |t|) for Student's t with any df > 0.
-
-    With T = sqrt(df) tan(a) the density is cos(a)^(df - 1) over its integral, which is smooth: the
-    midpoint rule does.
-    """
+    """P(|T| >= |t|) for Student's t with any df > 0. With T = sqrt(df) tan(a) the density is
+    cos(a)^(df - 1) over its integral, which is smooth: the midpoint rule does."""
     whole = math.exp(math.lgamma(df / 2) - math.lgamma((df + 1) / 2)) * math.sqrt(math.pi) / 2
     end = math.atan2(abs(t), math.sqrt(df))
     angles = (np.arange(2000) + 0.5) * end / 2000
@@ -47,12 +44,9 @@ def t_quantile(df):
 
 def crossed(x) -> Estimate:
     """The mean of x (S, P) over seeds and problems as crossed random effects: analysis of variance,
-    with Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946, 110-114).
-
-    The variance is never taken to be less than seeds alone, or problems alone, show. With one
-    problem it is Student's t over seeds; with one seed, over problems; with one of each there is no
-    interval, and without any x no mean (NaN).
-    """
+    with Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946, 110-114). The variance is
+    never less than seeds alone, or problems alone, show. With one problem it is Student's t over
+    seeds; with one seed, over problems; what is not known of fewer is NaN."""
     x = np.asarray(x, dtype=np.float64)
     S = len(x)
     if x.size < 2:

@@ -6,15 +6,14 @@
 
 A run is a folder: runs/sweep-tiny/arca-r16-p2-s1 is ARCA at rank 16 with sharpening 2 and seed 1.
 What it holds is not made again, so after Ctrl-C or a crash the same command goes on. Other settings
-are refused; other code is not noticed: after a change of it give another --out. The runs become
-results.json, and that the tables.
+are refused; other code is not noticed: after a change of it give another --out.
 """
 
 import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -36,9 +35,7 @@ CONTROLS = ("permuted", "random")
 # A chat model of half a billion parameters: it must be seen to learn within an hour of a GPU.
 CHAT = dict(model="Qwen/Qwen2.5-Coder-0.5B-Instruct", chat=True, steps=60, prompts=8, samples=8)
 CHAT.update(max_new_tokens=384, lr=2e-4, eval_problems=400, eval_samples=0, micro_batch_tokens=4096)
-# Settings of all runs; ranks, of which the first is the main comparison's, and the others only
-# uniform's and ARCA's; seeds; rules.
-PRESETS = {
+PRESETS = {  # settings of all runs, ranks (all rules have the first, the main one), seeds, rules
     "tiny": (dict(steps=32), (16, 4, 64), (1, 2, 3, 4, 5), RULES),
     "paper": (PAPER | dict(preset="paper"), (64, 4, 16), (1337,), RULES),
     "chat": (CHAT, (16,), (1, 2, 3), ("uniform", "arca")),
@@ -46,7 +43,7 @@ PRESETS = {
 FEW = 50  # problems that training evaluates on; eval_math.py does all of them afterwards
 # Settings of train.py that a sweep may have otherwise, the same for all its runs.
 BUDGET = """steps prompts samples max_new_tokens eval_problems lr micro_batch_tokens
-    model revision data eval_data device dtype chat system thinking"""
+    model revision data eval_data device dtype chat system thinking""".split()
 # How far a Gini may be off where a processor rounds otherwise; an outcome moves a reward by 1/128.
 ROUNDING = 1e-3
 
@@ -85,8 +82,8 @@ def words(script, settings):
 
 def refuse_others(place, stored, wanted):
     """UserError if what a place holds was made with other settings than are wanted."""
-    fixed = [name for name in wanted if name not in CHANGEABLE]
-    others = [name for name in fixed if stored.get(name) != wanted[name]]
+    others = [name for name in wanted if stored.get(name) != wanted[name]]
+    others = [name for name in others if name not in CHANGEABLE]
     if others:
         raise UserError(f"{place} was made with other {', '.join(others)}: give another --out")
 
@@ -171,30 +168,29 @@ def parse_flags():
     parser.add_argument("--jobs", type=int, help="runs at a time; default: one a core, 1 on a GPU")
     parser.add_argument("--out", help="folder of the runs and results.json; runs/sweep-PRESET")
     parser.add_argument("--seeds", type=int, nargs="+", help="in place of the preset's")
-    text = "only what the paper ran: neither controls, nor uniform at other ranks, nor sharpening 1"
-    parser.add_argument("--no-controls", action="store_true", help=text)
-    for f in [f for f in fields(Settings) if f.name in BUDGET.split()]:
-        kind = dict(action="store_true") if f.default is False else dict(type=type(f.default))
-        text = f"of train.py: {f.metadata['help']}".replace("%", "%%")
-        parser.add_argument(flag_name(f.name), default=None, help=text, **kind)
+    parser.add_argument("--no-controls", action="store_true", help="only what the paper ran")
+    for name in BUDGET:
+        usual = getattr(Settings, name)
+        kind = dict(action="store_true") if usual is False else dict(type=type(usual))
+        parser.add_argument(flag_name(name), default=None, help="of train.py", **kind)
     return parser.parse_args()
 
 
 def plan(args, out):
     """What results.json says of a sweep, and its runs: the untrained model, then seed by seed, so
-    that a sweep that is cut short compares all rules. UserError if the flags make no sense, or the
-    folder holds another sweep."""
+    that a sweep that is cut short compares all rules. UserError on flags that make no sense, or a
+    folder of another sweep."""
     # What all runs share.
     settings, ranks, seeds, rules = PRESETS[args.preset]
-    given = {name: getattr(args, name) for name in BUDGET.split()}
-    shared = Settings(**settings | {name: x for name, x in given.items() if x is not None})
+    given = {name: x for name, x in vars(args).items() if name in BUDGET and x is not None}
+    shared = Settings(**settings | given)
     check(shared)
     if not shared.eval_data and shared.data not in (*NAMED, *HUB):
         raise UserError("--data FILE: give --eval-data FILE too, with the problems to evaluate on")
     if not shared.eval_problems:
         raise UserError("--eval-problems 0: runs are compared on them, so give 1 or more")
     about = dict(preset=args.preset, rank=ranks[0])
-    about |= {name: getattr(shared, name) for name in BUDGET.split()}
+    about |= {name: getattr(shared, name) for name in BUDGET}
     if (out / "results.json").exists():
         refuse_others(out, read_results(out / "results.json")[0], about)
     # Each one.

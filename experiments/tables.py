@@ -2,8 +2,7 @@
 
     python experiments/tables.py [experiments/results/tiny.json]
 
-A pure function of the file. Verdicts rest on the mean train reward; greedy accuracy and pass@4 are
-secondary.
+Verdicts rest on the mean train reward; greedy accuracy and pass@4 are secondary.
 """
 
 import math
