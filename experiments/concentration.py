@@ -27,17 +27,6 @@ OWN_FLAGS = {
 }
 
 
-def sample_signals(cfg) -> credit.Signals:
-    """Return all signals of one completion of each problem, sampled now; cfg: the flags."""
-    model, tokenizer = load_base(cfg)
-    problems = load_problems(cfg.data, "test")[: cfg.problems]
-    limits = dict(max_new_tokens=cfg.max_new_tokens, seed=cfg.seed)
-    training = Settings(samples=1, advantage="centered", **limits)  # of one completion: 0
-    rollout = sample_rollout(model, tokenizer, problems, training, 0)
-    rollout.completions.check()
-    return all_signals(model, rollout, training)
-
-
 def concentration(rule, signals, power):
     """Return Gini and effective-token ratio of a rule, each [mean, low, high] over completions."""
     multipliers = credit.token_weights(rule, signals, power)
@@ -63,13 +52,23 @@ def main():
     parser = Parser(description=__doc__.splitlines()[0])
     add_flags(parser, OWN_FLAGS)
     cfg = parser.parse_args()
-    signals = sample_signals(cfg)
+
+    # One completion of each problem, and all its signals. (Alone in its group it has no advantage.)
+    model, tokenizer = load_base(cfg)
+    problems = load_problems(cfg.data, "test")[: cfg.problems]
+    limits = dict(max_new_tokens=cfg.max_new_tokens, seed=cfg.seed)
+    training = Settings(samples=1, advantage="centered", **limits)
+    rollout = sample_rollout(model, tokenizer, problems, training, 0)
+    rollout.completions.check()
+    signals = all_signals(model, rollout, training)
     if not signals.residual.any():
         print("no adapter, or one that is zero: ARCA and divergence fall back to uniform")
+
+    # What each rule makes of them.
     found = {}
     for rule in RULES:
         found[rule] = {power: concentration(rule, signals, power) for power in (1, 2)}
-    about = dict(completions=len(signals.mask))
+    about = dict(completions=len(problems))
     if cfg.out:
         write_json(Path(cfg.out), about | dict(rules=found))
     show(found, about)

@@ -33,7 +33,6 @@ SIDES = ("right", "wrong")
 PRESETS = dict(full=(18, 512), quick=(1, 64))  # batches, continuations of each start
 
 
-# ---- Every rule against the truth ----------------------------------------------------------------
 def share_on_top(m, x, mask):
     """Return the share of each row's credit m (b, T) on its tenth of tokens with the largest x; of
     tokens that tie for the last place each counts in part."""
@@ -86,22 +85,6 @@ def chosen_rows(rewards):
     return rows[mixed].flatten()
 
 
-def measure_batch(opened, batch, continuations):
-    """Return [the scores of every rule on completions as training samples them], [] if no problem
-    has right and wrong ones; opened: what open_run returned."""
-    model, tokenizer, cfg, problems = opened
-    at = cfg.steps + batch  # problems that the run has not seen
-    problems = problems_of_step(problems, cfg.prompts, cfg.seed, at)
-    rollout = sample_rollout(model, tokenizer, problems, cfg, at, compare=True)
-    rows = chosen_rows(rollout.rewards)
-    if not len(rows):
-        return []
-    sampling = (tokenizer.eos_ids, grader(tokenizer, problems), continuations)
-    V, _ = prefix_values(model, rollout, rows, cfg, *sampling, step=at)
-    signals = all_signals(model, rollout, cfg)
-    return [score_rules(signals, step_classes(rollout.completions, tokenizer), rows, V)]
-
-
 def bootstrap(x):
     """Return [mean, low, high] of x (P, n), n numbers of each of P problems: the 95 % interval is
     from 2000 draws of problems, with replacement."""
@@ -127,7 +110,7 @@ def summary(batches):
             found[name][side] = dict(zip(CLASSES, shares, strict=True))
     found["rules"] = {}
     for rule in (key for key in x if "/" in key):
-        gini, top = np.moveaxis(x[rule], 2, 0)
+        gini, top = x[rule][..., 0], x[rule][..., 1]
         found["rules"][rule] = dict(gini=bootstrap(gini), top=bootstrap(top))
     return found
 
@@ -136,10 +119,22 @@ def measure(folder, batches, continuations):
     """Hold every rule against the truth, at checkpoints of a run; return the results file."""
     found = {}
     for step in STEPS:
-        run = open_run(folder, step)
+        model, tokenizer, cfg, train = open_run(folder, step)
         scored = []
         for batch in tqdm(range(1, batches + 1), desc=f"step {step}", mininterval=0):
-            scored += measure_batch(run, batch, continuations)
+            # Completions as training samples them, of problems that the run has not seen.
+            at = cfg.steps + batch
+            problems = problems_of_step(train, cfg.prompts, cfg.seed, at)
+            rollout = sample_rollout(model, tokenizer, problems, cfg, at, compare=True)
+            rows = chosen_rows(rollout.rewards)
+            if not len(rows):
+                continue
+            # What its tokens were worth, and what the rules pay them.
+            sampling = (tokenizer.eos_ids, grader(tokenizer, problems), continuations)
+            V, _ = prefix_values(model, rollout, rows, cfg, *sampling, step=at)
+            signals = all_signals(model, rollout, cfg)
+            classes = step_classes(rollout.completions, tokenizer)
+            scored.append(score_rules(signals, classes, rows, V))
         if not scored:
             raise UserError(f"no problem with right and wrong completions at step {step}")
         found[str(step)] = summary(scored)
@@ -152,26 +147,25 @@ def make_run():
     return train_run(str(ROOT / "runs/oracle-arca"), *flags.split(), "--eval-samples", "0")
 
 
-# ---- Tables --------------------------------------------------------------------------------------
 def report(results):
     """Return, as text, what the rules pay and where the truth lies, at every step measured."""
-    found = []
-    for step, x in results["measured"].items():
-        title = f"Step {step}: {x['completions']} completions of {x['problems']} problems, "
-        title += f"rms of delta {x['delta_rms']:.4f}, of its noise {x['noise_rms']:.4f}"
+    tables = []
+    for step, found in results["measured"].items():
+        title = f"Step {step}: {found['completions']} completions of {found['problems']} problems, "
+        title += f"rms of delta {found['delta_rms']:.4f}, of its noise {found['noise_rms']:.4f}"
         heads = ["rule/sharpening", "Gini", "credit on the decisive tenth"]
         lines = []
-        for rule, y in x["rules"].items():
-            lines.append([rule, said(Estimate(*y["gini"])), said(Estimate(*y["top"]))])
-        found.append(table(title, heads, lines))
+        for rule, x in found["rules"].items():
+            lines.append([rule, said(Estimate(*x["gini"])), said(Estimate(*x["top"]))])
+        tables.append(table(title, heads, lines))
 
         heads = ["class", "tokens, right", "delta^2, right", "tokens, wrong", "delta^2, wrong"]
         lines = []
         for name in CLASSES:
-            shares = [x[key][side][name] for side in SIDES for key in ("tokens", "delta")]
+            shares = [found[key][side][name] for side in SIDES for key in ("tokens", "delta")]
             lines.append([name, *(f"{100 * share:.1f} %" for share in shares)])
-        found.append(table(f"Step {step}: where tokens and delta^2 lie", heads, lines))
-    return "\n\n".join(found)
+        tables.append(table(f"Step {step}: where tokens and delta^2 lie", heads, lines))
+    return "\n\n".join(tables)
 
 
 def main():

@@ -1,7 +1,7 @@
 """From run folders to one small file with every number of the tables, and back.
 
-A row is a run: its setting, the outcome on every problem, and what it logged at every step.
-Nothing in a row depends on the clock, on the machine's paths or on the order of the runs.
+A row is a run: its setting, the outcome on every problem, and what it logged at every step. It does
+not depend on the clock, on paths or on the order of the runs.
 """
 
 from pathlib import Path

@@ -43,14 +43,14 @@ PRESETS = {  # settings of all runs, ranks (all rules have the first, the main o
 FEW = 50  # problems that training evaluates on; eval_math.py does all of them afterwards
 # Settings of train.py that a sweep may have otherwise, the same for all its runs.
 BUDGET = """steps prompts samples max_new_tokens eval_problems lr micro_batch_tokens
-    model revision data eval_data device dtype chat system thinking""".split()
+    model revision data eval_data device dtype chat system thinking"""
+BUDGET = BUDGET.split()
 # How far a Gini may be off where a processor rounds otherwise; an outcome moves a reward by 1/128.
 ROUNDING = 1e-3
 
 
 def cells(rules, ranks, controls=True):
-    """The settings to compare (rule, rank, sharpening): the paper's, then what it lacks. Uniform
-    has no sharpening; it is written as 1."""
+    """The settings to compare (rule, rank, sharpening): the paper's, then what it lacks."""
     rank, *others = ranks
     found = [(rule, rank, 1.0 if rule == "uniform" else 2.0) for rule in rules]
     found += [("arca", other, 2.0) for other in others]
@@ -89,8 +89,7 @@ def refuse_others(place, stored, wanted):
 
 
 def next_command(run):
-    """What is to be done next for a run, as words; None when all is done. UserError if its folder
-    holds a run of other settings."""
+    """The next command of a run, as words; None when all is done. UserError on another's folder."""
     folder = Path(run.out)
     # Train, or go on with it.
     if run.credit != "base":
@@ -177,9 +176,8 @@ def parse_flags():
 
 
 def plan(args, out):
-    """What results.json says of a sweep, and its runs: the untrained model, then seed by seed, so
-    that a sweep that is cut short compares all rules. UserError on flags that make no sense, or a
-    folder of another sweep."""
+    """What results.json says of a sweep, and its runs: seed by seed, so that one that is cut short
+    compares all rules. UserError on flags that make no sense, or a folder of another sweep."""
     # What all runs share.
     settings, ranks, seeds, rules = PRESETS[args.preset]
     given = {name: x for name, x in vars(args).items() if name in BUDGET and x is not None}

@@ -83,8 +83,8 @@ def accuracy(rows, cell, metric):
 
 
 def accuracy_table(about, rows, cells):
-    """The paper's first table; and greedy accuracy by seed, as an interval of runs of which some
-    take off and others do not covers less than 95 %, and hides why."""
+    """The paper's first table; and greedy accuracy by seed, as the interval of runs of which only
+    some take off covers less than 95 %."""
     lines = []
     for cell in [BASE, *cells]:
         reward = "-" if cell == BASE else said(crossed(matrix(rows, cell, "reward")))
@@ -92,10 +92,9 @@ def accuracy_table(about, rows, cells):
         by_seed = ", ".join(f"{100 * run.mean():.0f}" for run in runs) if len(runs) > 1 else "-"
         line = [*labels(about, rows, cell), reward, accuracy(rows, cell, "greedy"), by_seed]
         lines.append([*line, accuracy(rows, cell, "pass"), published(cell, slice(0, 3))])
-    title = (
-        f"Table 1. Accuracy on {about['problems']} held-out problems after {about['steps']} steps "
-        f"of {about['prompts']} x {about['samples']} rollouts [95 % over seeds and problems]"
-    )
+    title = f"Table 1. Accuracy on {about['problems']} held-out problems after {about['steps']} "
+    title += f"steps of {about['prompts']} x {about['samples']} rollouts "
+    title += "[95 % over seeds and problems]"
     heads = ["rule", "rank", "sharpening", "seeds", "mean train reward", "greedy, %", "by seed"]
     return table(title, [*heads, "pass@4, %", "paper: greedy / pass@4 / reward"], lines)
 
@@ -112,9 +111,8 @@ def concentration_table(about, rows, cells):
 
 
 def difference_table(about, rows, cells):
-    """Paired differences in every outcome: of each setting from uniform at its rank, and of ARCA
-    from its controls. Claims choose among the outcomes, so Holm's correction is for all tests of
-    the table."""
+    """Paired differences in every outcome, from uniform at the same rank and of ARCA from its
+    controls. Claims choose among them, so Holm's correction is for all tests of the table."""
     # What is compared with what.
     pairs = [(cell, ("uniform", cell[1], 1.0)) for cell in cells if cell[0] != "uniform"]
     for arca in [cell for cell in cells if cell[0] == "arca"]:
@@ -134,10 +132,8 @@ def difference_table(about, rows, cells):
         lines.append(line)
     heads = ["rule", "against", "rank", "sharpening", "pairs"]
     heads += [head for _, name, _, _ in OUTCOMES for head in (name, "Holm")]
-    title = (
-        "Table 3. Paired differences [95 %, each by itself], and p-values corrected by Holm for "
-        f"the {sum(not math.isnan(p) for p in ps)} tests of this table"
-    )
+    title = "Table 3. Paired differences [95 %, each by itself], and p-values corrected by Holm "
+    title += f"for the {sum(not math.isnan(p) for p in ps)} tests of this table"
     return table(title, heads, lines)
 
 

@@ -12,8 +12,7 @@ weights move by at most 2 sum_t d_t / sum_t a_t. But the sum over T tokens is T 
 bound lacks a factor T. **Proposition 2**: a dominating floor eps makes divergence's weights
 uniform, a negligible one leaves them: one of f mean scores leaves 1 / (1 + f) of their distance.
 **Scale**: to first order in c ARCA's residual is c times a fixed vector, and divergence's score c
-times a fixed number, so neither's weights depend on c. Layers are not linear: for a large c they
-must. tests/test_theory.py has what is exact of all this.
+times a fixed number, so neither's weights depend on c. tests/test_theory.py has what is exact.
 """
 
 import sys

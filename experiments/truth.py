@@ -85,11 +85,9 @@ def follow(tally, starts, c, n, limit, grade):
 
 def prefix_values(model, rollout, rows, cfg, eos_ids, grade, n, least=64, step=0):
     """V at the T + 1 prefixes of the given rows of a Rollout, and how many continuations it is the
-    success rate of: two (2, b, T + 1), by half; past a completion's end V is its reward.
-
-    n continuations (even, at least `least`) of each start. Their randomness is that of (cfg.seed,
-    -2 - step), which no training step and no evaluation has.
-    """
+    success rate of: two (2, b, T + 1), by half; past a completion's end V is its reward. n: of each
+    start (even, at least `least`), sampled at -2 - step, which is no training step's nor an
+    evaluation's."""
     # Where to start from.
     chains = [prefixes_of(rollout, row) for row in rows]
     tally = {prefix: np.zeros((2, 2)) for chain in chains for prefix in chain[:-1]}
@@ -129,7 +127,7 @@ def train_run(folder, *flags):
 
 
 def saved_adapters(folder) -> dict:
-    """Return {step: adapter's tensors by name} of a run's checkpoints, the newest first."""
+    """Return {step: tensors by name, `adapter.` before it} of a run's checkpoints, newest first."""
     saved = {}
     for path in checkpoint_paths(Path(folder)):
         tensors, about = files.read_tensors(path)

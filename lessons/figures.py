@@ -93,7 +93,7 @@ def follow(run, count, samples):
     history = []
     for step, tensors in checkpoints(run):
         for name, parameter in lora_parameters(model).items():
-            parameter.data.copy_(tensors[name])
+            parameter.data.copy_(tensors[f"adapter.{name}"])
         answers = ask(model, tokenizer, problems, cfg, samples)
         guessed, guessed_right = rate(answers, True)
         worked, worked_right = rate(answers, False)
