@@ -76,9 +76,8 @@ def score_rules(signals, classes, rows, V):
 
 
 def chosen_rows(rewards):
-    """Return the first right and the first wrong completion of each problem that has both, in turn,
-    as rows (b,); rewards (P, G)."""
-    right = rewards > 0
+    """Return the first right and first wrong completion of each problem that has both, (b,)."""
+    right = rewards > 0  # (P, G)
     mixed = right.any(dim=1) & ~right.all(dim=1)
     first = torch.stack([right.int().argmax(dim=1), right.int().argmin(dim=1)], dim=1)  # (P, 2)
     rows = first + rewards.shape[1] * torch.arange(len(rewards))[:, None]
@@ -86,8 +85,7 @@ def chosen_rows(rewards):
 
 
 def bootstrap(x):
-    """Return [mean, low, high] of x (P, n), n numbers of each of P problems: the 95 % interval is
-    from 2000 draws of problems, with replacement."""
+    """Return [mean, low, high] of x (P, n): 95 % over 2000 draws of problems, with replacement."""
     means = np.asarray(x, dtype=float).mean(axis=1)  # (P,)
     picks = np.random.default_rng(0).integers(len(means), size=(2000, len(means)))
     low, high = np.quantile(means[picks].mean(axis=1), [0.025, 0.975])

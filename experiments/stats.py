@@ -1,7 +1,6 @@
 """Means, intervals and p-values over seeds and problems.
 
-Outcomes are a matrix x (S, P): S seeds, that is runs, by P problems that every run is evaluated on.
-Both are samples: of the runs that one could have made, and of the problems one could have asked.
+Outcomes are x (S, P): S seeds, that is runs, by P problems that all are evaluated on; both samples.
 """
 
 import math

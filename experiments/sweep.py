@@ -45,8 +45,7 @@ FEW = 50  # problems that training evaluates on; eval_math.py does all of them a
 BUDGET = """steps prompts samples max_new_tokens eval_problems lr micro_batch_tokens
     model revision data eval_data device dtype chat system thinking"""
 BUDGET = BUDGET.split()
-# How far a Gini may be off where a processor rounds otherwise; an outcome moves a reward by 1/128.
-ROUNDING = 1e-3
+ROUNDING = 1e-3  # of a Gini, on another processor; an outcome moves a reward by 1/128
 
 
 def cells(rules, ranks, controls=True):
@@ -161,20 +160,6 @@ def near(row, kept):
     return same and len(a) == len(b) and np.allclose(a, b, rtol=0, atol=ROUNDING)
 
 
-def parse_flags():
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="tiny", choices=PRESETS)
-    parser.add_argument("--jobs", type=int, help="runs at a time; default: one a core, 1 on a GPU")
-    parser.add_argument("--out", help="folder of the runs and results.json; runs/sweep-PRESET")
-    parser.add_argument("--seeds", type=int, nargs="+", help="in place of the preset's")
-    parser.add_argument("--no-controls", action="store_true", help="only what the paper ran")
-    for name in BUDGET:
-        usual = getattr(Settings, name)
-        kind = dict(action="store_true") if usual is False else dict(type=type(usual))
-        parser.add_argument(flag_name(name), default=None, help="of train.py", **kind)
-    return parser.parse_args()
-
-
 def plan(args, out):
     """What results.json says of a sweep, and its runs: seed by seed, so that one that is cut short
     compares all rules. UserError on flags that make no sense, or a folder of another sweep."""
@@ -200,15 +185,25 @@ def plan(args, out):
 
 
 def main():
+    # The flags.
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="tiny", choices=PRESETS)
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: one a core, 1 on a GPU")
+    parser.add_argument("--out", help="folder of the runs and results.json; runs/sweep-PRESET")
+    parser.add_argument("--seeds", type=int, nargs="+", help="in place of the preset's")
+    parser.add_argument("--no-controls", action="store_true", help="only what the paper ran")
+    for name in BUDGET:
+        usual = getattr(Settings, name)
+        kind = dict(action="store_true") if usual is False else dict(type=type(usual))
+        parser.add_argument(flag_name(name), default=None, help="of train.py", **kind)
+    args = parser.parse_args()
+
     # Train and evaluate.
-    args = parse_flags()
     out = Path(args.out or f"runs/sweep-{args.preset}")
     about, runs = plan(args, out)
-    for run in runs:
-        next_command(run)  # refuses a folder of other settings before anything is written
     results = out / "results.json"
-    if not results.exists():
-        write_results(results, about, [])
+    found = [row_of(run) for run in runs if not next_command(run)]  # refuses others' folders
+    write_results(results, about, found)
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
     print(f"{len(runs)} runs, {jobs} at a time, in {out}; Ctrl-C stops them", flush=True)
     failed = work_through(runs, jobs)

@@ -35,7 +35,6 @@ from system.files import write_json
 
 SCALES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SMALL = 0.01  # the scale that stands for the limit: below it rounding shows
-FLOORS = (1e-8, 1e-2)
 
 
 def signals_at(c, model, rollout, cfg):
@@ -74,8 +73,7 @@ def weights(name, signals):
 
 
 def at_scale(signals, limit, head):
-    """Return numbers (B,) by name of every completion's signals at a scale; limit: the signals at
-    the scale that stands for c -> 0."""
+    """Return numbers (B,) by name of the signals at a scale; limit: the signals at SMALL."""
     mask = signals.mask
     base = -signals.ref_logp
     moved = apart(floored(-signals.logp, mask, 0), floored(base, mask, 0))
@@ -84,7 +82,7 @@ def at_scale(signals, limit, head):
     for name in ("divergence", "arca"):
         found[f"{name} moved"] = apart(weights(name, signals), weights(name, limit))
     shift = (signals.logp - signals.ref_logp).abs()
-    for eps in FLOORS:
+    for eps in (1e-8, 1e-2):
         distance = apart(floored(shift, mask, eps), floored(mask, mask, 0))
         found[f"divergence to uniform, floor {eps:g}"] = distance
     return found

@@ -5,15 +5,13 @@ tokens y_1 ... y_T moves it by delta_t = V(y_1..t) - V(y_1..t-1): the advantage 
 y_t. At the end V is the reward, so the deltas of a completion sum to its reward minus V(prompt).
 
 **Estimate.** V is the success rate of fresh continuations. One that follows the completion for a
-while is a fresh continuation of every prefix that it passes, and counts for them all. So it is
-enough to start from the prompt, and again after each token that few continuations would choose; a
-token that is next to certain gets a delta next to 0 instead of noise. A prefix with fewer than
-`least` visits is sampled by itself. No count is biased: whether a continuation is counted for a
-prefix depends on how it got there, and its outcome on how it goes on.
+while is a fresh continuation of every prefix that it passes, and counts for them all. That has no
+bias: whether it counts depends on how it got there, its outcome on how it goes on. So we start from
+the prompt, and again after each token that few continuations would choose; a token that is next to
+certain gets a delta next to 0 instead of noise.
 
-**Noise.** Continuations are dealt into two halves, which are independent, and give delta_a and
-delta_b. Their mean is delta. Half their difference has the noise of delta and no truth. Their
-product has the mean delta^2, without noise.
+**Noise.** Two independent halves of the continuations give delta_a and delta_b. Their mean is
+delta, half their difference its noise alone, and their product has the mean delta^2, without noise.
 """
 
 import subprocess
