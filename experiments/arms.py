@@ -30,7 +30,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -38,7 +37,7 @@ import credit
 from data.problems import load_split, problems_of_step
 from eval_math import evaluate
 from experiments.first_order import PARTS, parts_of
-from experiments.rows import default_file, read_results, values, write_results
+from experiments.rows import by_seed, default_file, read_results, with_sweep, write_results
 from experiments.stats import crossed, ratio
 from experiments.tables import said, table
 from experiments.truth import grader, prefix_values
@@ -58,22 +57,20 @@ RATED = ("uniform_1", "surprisal_1", "arca_1", "arca_2")
 RATES = (0.25, 0.5, 2, 4)  # times the default
 BEDS = ("slips", "three", "format")
 BED_RULES = ("uniform_1", "surprisal_1", "divergence_1", "permuted_2", "arca_1", "arca_2")
-# Shares of a loss: the gap between two arms, in units of that between two others.
+BEST = ("uniform_1_rate_2", "surprisal_1_rate_2")  # their best rates
+PERFECT = ("uniform_8", "arca_8", "true_8", "true_signed_8", "plain", "true_delta")
 LOSS = ("uniform_1", "arca_2")
 THREE = ("three_uniform_1", "three_arca_2")
-SHARES = {
-    "given back by answer_cut": ("answer_cut", "arca_2", LOSS),
-    "brought about by answer_only": ("uniform_1", "answer_only", LOSS),
-    "left with 64 problems a step": ("uniform_64", "arca_64", LOSS),
-    "three: given back by answer_cut": ("three_answer_cut_2", "three_arca_2", THREE),
-    "three: given back by forks_paid": ("three_forks_paid_2", "three_arca_2", THREE),
-}
-BEST = ("uniform_1_rate_2", "surprisal_1_rate_2")  # their best rates
+SHARES = (  # the gap between two arms, in units of that between two others
+    ("answer_cut", "arca_2", *LOSS),
+    ("uniform_1", "answer_only", *LOSS),
+    ("uniform_64", "arca_64", *LOSS),
+    ("three_answer_cut_2", "three_arca_2", *THREE),
+    ("three_forks_paid_2", "three_arca_2", *THREE),
+)
 
 
 # ---- The arms ------------------------------------------------------------------------------------
-
-
 def settings_of(name, **more):
     """Return the settings of table 1 with a rule and its sharpening, such as arca_2."""
     rule, power = name.rsplit("_", 1)
@@ -86,9 +83,8 @@ def all_arms():
         name: settings_of(f"{name}_2") for name in ("answer_cut", "answer_only", "first_halved")
     }
     arms |= {f"{rule}_64": settings_of(f"{rule}_2", prompts=64) for rule in ("uniform", "arca")}
-    for rule in ("uniform", "arca", "true", "true_signed"):
-        arms[f"{rule}_8"] = SHORT | dict(credit=rule)
-    arms |= {name: SUMMED | dict(credit=name) for name in ("plain", "true_delta")}
+    arms |= {name: SHORT | dict(credit=name.removesuffix("_8")) for name in PERFECT[:4]}
+    arms |= {name: SUMMED | dict(credit=name) for name in PERFECT[4:]}
     for name in RATED:
         for rate in RATES:
             arms[f"{name}_rate_{rate}"] = settings_of(name, lr=Settings.lr * rate)
@@ -100,11 +96,6 @@ def all_arms():
     for rule in ("answer_cut", "forks_paid"):
         arms[f"three_{rule}_2"] = arms["three_arca_2"] | dict(credit=rule)
     return arms
-
-
-def seeds_of(arm):
-    """Return the seeds of an arm: three where only the learning rate is looked for."""
-    return SEEDS[:3] if "_rate_" in arm else SEEDS
 
 
 ARMS = all_arms()
@@ -177,8 +168,6 @@ def true_credit(arm, model, rollout, advantages, cfg, eos_ids, grade, n, step):
 
 
 # ---- A run ---------------------------------------------------------------------------------------
-
-
 def train_arm(cfg, n=CONTINUATIONS):
     """Train as train.py does, with a rule of credit.py or of RULES. Returns the reward at
     each step, and the greedy accuracy after."""
@@ -217,15 +206,15 @@ def train_arm(cfg, n=CONTINUATIONS):
 
 
 def make(path, arms, seeds=SEEDS):
-    """Add the runs of these arms that a results file lacks, seed by seed; return all rows. The file
-    is written after each run."""
+    """Add the runs of these arms that a results file lacks, seed by seed; return all rows. It is
+    written after each run. Where only the learning rate is looked for, there are three seeds."""
     about, rows = dict(arms=ARMS), []
     if path.exists():
         about, rows = read_results(path)
     if about != dict(arms=ARMS):
         raise UserError(f"{path} holds runs of other settings: move it away")
     done = {(row["arm"], row["seed"]) for row in rows}
-    wanted = [(arm, seed) for seed in seeds for arm in arms if seed in seeds_of(arm)]
+    wanted = [(arm, seed) for seed in seeds for arm in arms if seed <= 3 or "_rate_" not in arm]
     for arm, seed in tqdm([run for run in wanted if run not in done], desc="runs", mininterval=0):
         found = train_arm(Settings(**ARMS[arm], seed=seed))
         rows.append(dict(arm=arm, seed=seed) | found)
@@ -235,79 +224,51 @@ def make(path, arms, seeds=SEEDS):
 
 
 # ---- The tables ----------------------------------------------------------------------------------
-
-
-def with_sweep(rows):
-    """Return the rows, and those of the sweep's runs that they are paired with."""
-    rows = list(rows)
-    for found in read_results(default_file())[1]:
-        if found["rank"] != Settings.rank:
-            continue
-        name = f"{found['rule']}_{found['sharpening']:g}"
-        row = found | dict(arm=name, greedy=values(found, "greedy"))
-        rows.append(row)
-        if row["seed"] in seeds_of(f"{name}_rate_1"):
-            rows.append(row | dict(arm=f"{name}_rate_1"))
-    return rows
-
-
-def by_seed(rows, metric, arms):
-    """Return a number of each arm's runs, (S, 1) an arm, over the seeds that all of them have: the
-    greedy accuracy after, or the mean reward of all steps."""
-    found = {arm: {} for arm in arms}
-    for row in rows:
-        found.get(row["arm"], {})[row["seed"]] = np.mean(row[metric])
-    seeds = sorted(set.intersection(*(set(of) for of in found.values())))
-    return [np.array([[found[arm][seed]] for seed in seeds]) for arm in arms]
-
-
-def level(rows, arm, metric="reward"):
-    """The mean of an arm over its seeds, with its interval, as text."""
-    (x,) = by_seed(rows, metric, [arm])
-    return said(crossed(x)) if len(x) else "-"
-
-
-def gap(rows, arm, other, metric="reward"):
-    """An arm minus another, over the seeds of both, as text."""
+def difference(rows, metric, arm, other=None):
+    """An arm, or an arm minus another, over the seeds that there are, as text."""
+    if other is None:
+        (x,) = by_seed(rows, metric, [arm])
+        return said(crossed(x))
     x, y = by_seed(rows, metric, [arm, other])
-    return said(crossed(x - y)) if len(x) else "-"
-
-
-def share(rows, arm, other, lost):
-    """The share that the gap of two arms is of that of two others, in mean reward, as text."""
-    a, b, c, d = by_seed(rows, "reward", [arm, other, *lost])
-    return said(ratio(a - b, c - d)) if len(a) else "-"
+    return said(crossed(x - y))
 
 
 def group_table(rows, title, arms, others):
     """Return a table of arms: each by itself, and minus others."""
     lines = []
     for arm in arms:
-        line = [arm, level(rows, arm), *(gap(rows, arm, other) for other in others)]
-        lines.append([*line, level(rows, arm, "greedy"), gap(rows, arm, others[0], "greedy")])
+        rewards = [difference(rows, "reward", arm, other) for other in (None, *others)]
+        greedy = [difference(rows, "greedy", arm, other) for other in (None, others[0])]
+        lines.append([arm, *rewards, *greedy])
     minus = [f"minus {other}" for other in others]
     return table(title, ["arm", "mean reward", *minus, "greedy after", minus[0]], lines)
+
+
+def share_table(rows):
+    lines = []
+    for arms in SHARES:
+        a, b, c, d = by_seed(rows, "reward", arms)
+        share = said(ratio(a - b, c - d)) if len(a) else "missing"
+        lines.append([f"{arms[0]} minus {arms[1]}", f"{arms[2]} minus {arms[3]}", share])
+    return table("Shares of a gap in mean reward", ["gap", "of", "share"], lines)
 
 
 def tables(rows):
     """Return all tables as one text."""
     rows = with_sweep(rows)
-    loss = ("uniform_1", "arca_2")
-    changed = [*loss, "answer_cut", "answer_only", "first_halved"]
-    parts = [group_table(rows, "ARCA (sharpening 2) changed", changed, loss)]
-    larger = ("uniform_64", "arca_64")
-    parts.append(group_table(rows, "Larger batches", larger, ("uniform_64", *loss)))
-    perfect = ("uniform_8", "arca_8", "true_8", "true_signed_8", "plain", "true_delta")
-    parts.append(group_table(rows, "Perfect credit", perfect, ("uniform_8", "plain")))
+    groups = {
+        "ARCA changed": ([*LOSS, "answer_cut", "answer_only", "first_halved"], LOSS),
+        "Larger batches": (["uniform_64", "arca_64"], ("uniform_64", *LOSS)),
+        "Perfect credit": (PERFECT, ("uniform_8", "plain")),
+    }
     for name in RATED:
         rates = [f"{name}_rate_{rate}" for rate in sorted((*RATES, 1))]
-        parts.append(group_table(rows, f"{name}, learning rate", rates, BEST))
+        groups[f"{name}, learning rate"] = (rates, BEST)
     for bed in BEDS:
-        arms = [arm for arm in ARMS if arm.startswith(bed)]
         others = [f"{bed}_{name}" for name in ("uniform_1", "permuted_2", "arca_2")]
-        parts.append(group_table(rows, bed, arms, others))
-    lines = [[name, share(rows, *gaps)] for name, gaps in SHARES.items()]
-    return "\n\n".join([*parts, table("Shares of ARCA's loss of mean reward", ["", ""], lines)])
+        groups[bed] = ([arm for arm in ARMS if arm.startswith(bed)], others)
+    parts = [group_table(rows, title, *group) for title, group in groups.items()]
+    return "\n\n".join([*parts, share_table(rows)])
 
 
 def main():

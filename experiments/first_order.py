@@ -28,10 +28,6 @@ everything, ratios included, is computed again without each batch.
 group of tokens has the share sum c_t d_t of the raw gain. A difference quotient of log pi along the
 other batches' g gives d_t of all tokens. The noise of a part is sum (c_t (1 - p_t))^2: token
 gradients as long as those for the logits, and orthogonal.
-
-**What it cannot tell.** Real steps are not small: the curvature is missing, and gains in points of
-reward are too large. It knows one policy and the next step, not the run. It calls divergence better
-than `uniform`; five seeds of training do not. Read ratios, on policies of more than one run.
 """
 
 import json
@@ -175,16 +171,11 @@ def gradients(model, rollout, cfg, rules):
             weight = row_weight[rows, None].to(logps) * batch.mask
             own[rule] = here.advantage[:, None] * m.to(logps) * weight
 
-        # Their gradients; rules that agree share a backward pass.
-        done = []
+        # Their gradients.
         for rule, c in own.items():
-            same = [u for x, u in done if torch.equal(x, c)]
-            if not same:
-                objective = grpo.policy_objective(logps, c).sum()
-                parts = torch.autograd.grad(objective, parameters, retain_graph=True)
-                same = [parameters_to_vector(parts).cpu()]
-                done.append((c, same[0]))
-            found[rule] += same[0]
+            objective = grpo.policy_objective(logps, c).sum()
+            parts = torch.autograd.grad(objective, parameters, retain_graph=True)
+            found[rule] += parameters_to_vector(parts).cpu()
             coefficients[rule][rows, :T] = c.cpu()
     return found, coefficients, p
 
@@ -292,11 +283,9 @@ def rounded(x):
     return json.loads(json.dumps(x), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
-def rows_of(found, opened, step, N):
-    """Return the rows of a results file that a checkpoint's statistics make."""
-    cfg = opened[2]
-    at = dict(trajectory=label((cfg.credit, cfg.sharpening)), seed=cfg.seed, step=step)
-    return [at | dict(rule=label(x)) | rounded(summary(found, x, N, cfg.lr)) for x in found]
+def rows_of(found, at, N, lr):
+    """Return the rows of a results file that a checkpoint's statistics make; at: where it was."""
+    return [at | dict(rule=label(x)) | rounded(summary(found, x, N, lr)) for x in found]
 
 
 def measure_run(folder, steps, N, out, rules):
@@ -309,12 +298,12 @@ def measure_run(folder, steps, N, out, rules):
         shared = {name: getattr(cfg, name) for name in SHARED} | dict(batches=N)
         if about not in ({}, shared):
             raise UserError(f"{out} holds runs of other settings than {folder}: give another --out")
-        about = shared
         at = dict(trajectory=label((cfg.credit, cfg.sharpening)), seed=cfg.seed, step=step)
         if any(at.items() <= row.items() for row in rows):
             print(f"{at}: in {out} already", flush=True)
             continue
-        rows += rows_of(measure(opened, step, rules, N), opened, step, N)
+        about = shared
+        rows += rows_of(measure(opened, step, rules, N), at, N, cfg.lr)
         write_results(out, about, rows)
 
 
@@ -333,7 +322,7 @@ def score_rule(rule, folder, steps, N):
     for step in steps:
         opened = open_run(folder, step)
         found = measure(opened, step, list(dict.fromkeys([BASE, *others, rule])), N)
-        print(by_rule(rows_of(found, opened, step, N), f"Step {step}, uniform = 1") + "\n")
+        print(by_rule(rows_of(found, dict(seed=0), N, opened[2].lr), f"Step {step}") + "\n")
         for name, x in found.items():
             gains.setdefault(name, []).append(x["adam"])
     where = ", ".join(map(str, steps))

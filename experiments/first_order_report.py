@@ -2,7 +2,7 @@
 
 import torch
 
-from experiments.rows import default_file, paired, read_results
+from experiments.rows import by_seed, default_file, read_results, with_sweep
 from experiments.stats import crossed
 from experiments.tables import said, table
 from run.metrics import CLASSES, rank_correlation
@@ -104,35 +104,19 @@ def by_rule(rows, title):
     return table(title, [*heads, "noise: work", "answer", "of its own"], lines)
 
 
-def trained(model):
-    """Return {rule: Estimate of its mean train reward minus uniform's} of what was trained from
-    this model: the sweep of the embedded one, or the arms of a testbed."""
-    if model != "tiny":
-        rows = read_results(default_file().with_name("arms.json"))[1]
-        rows = [row | dict(rule=row["arm"], rank=0, sharpening=0) for row in rows]
-        names = sorted({row["arm"] for row in rows if row["arm"].startswith(f"{model}_")})
-        cells = {name.removeprefix(f"{model}_").replace("_", "/"): (name, 0, 0) for name in names}
-    else:
-        about, rows = read_results(default_file())
-        cells = [tuple(cell) for cell in about["cells"] if cell[1] == about["rank"]]
-        cells = {label((cell[0], cell[2])): cell for cell in cells}
-    base = cells["uniform/1"]
-    return {
-        rule: crossed(paired(rows, cell, base, "reward"))
-        for rule, cell in cells.items()
-        if cell != base
-    }
-
-
-def held_against(rows, differences, title):
-    """Return, as text, how the AdamW gains of some rows rank the rules that were trained, against
-    the differences in mean train reward from uniform: hits and misses."""
+def held_against(rows, model, title):
+    """Return, as text, how the AdamW gains of some rows rank the rules that were trained from this
+    model, in mean train reward minus uniform's: hits and misses."""
+    runs = with_sweep(read_results(default_file().with_name("arms.json"))[1])
+    bed = "" if model == "tiny" else f"{model}_"
     lines, gains, rewards = [], [], []
-    for rule, e in differences.items():
-        here = [row for row in rows if row["rule"] == rule]
-        gain = number(here, "adam") if here else None
-        if gain is None:
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        names = [f"{bed}{name}" for name in (rule.replace("/", "_"), "uniform_1")]
+        own, base = by_seed(runs, "reward", names)
+        if rule == "uniform/1" or not len(own):
             continue
+        gain = number([row for row in rows if row["rule"] == rule], "adam")
+        e = crossed(own - base)
         predicted = side(gain[0] - 1 - 2 * gain[1], gain[0] - 1 + 2 * gain[1])
         seen = side(e.low, e.high)
         verdict = "hit" if predicted == seen else "MISS"
@@ -159,4 +143,4 @@ def report(about, rows):
         own = [row for row in own if row["step"] in early]
         where = f"{about['model']}, {trajectory}'s steps {' and '.join(map(str, early))}"
         print(by_rule(own, f"{where}, uniform = 1") + "\n")
-        print(held_against(own, trained(about["model"]), where) + "\n")
+        print(held_against(own, about["model"], where) + "\n")

@@ -75,3 +75,27 @@ def paired(rows, cell, other, metric):
     """cell minus other (S, P) on the seeds, and thus problems, that both have."""
     seeds = sorted(in_cell(rows, cell).keys() & in_cell(rows, other).keys())
     return matrix(rows, cell, metric, seeds) - matrix(rows, other, metric, seeds)
+
+
+# ---- Arms ----------------------------------------------------------------------------------------
+def with_sweep(rows):
+    """Return the rows of arms.py, and those of the sweep's runs that they are paired with: arca_1
+    is ARCA with sharpening 1, arca_1_rate_1 the first three seeds of it."""
+    rows = list(rows)
+    about, swept = read_results(default_file())
+    for found in swept:
+        if found["rank"] == about["rank"]:
+            name = f"{found['rule']}_{found['sharpening']:g}"
+            row = found | dict(arm=name, greedy=values(found, "greedy"))
+            rows += [row] + [row | dict(arm=f"{name}_rate_1")] * (row["seed"] <= 3)
+    return rows
+
+
+def by_seed(rows, metric, arms):
+    """Return a number of each arm's runs, (S, 1) an arm, over the seeds that all of them have: the
+    greedy accuracy after, or the mean reward of all steps."""
+    found = {arm: {} for arm in arms}
+    for row in rows:
+        found.get(row["arm"], {})[row["seed"]] = np.mean(row[metric])
+    seeds = sorted(set.intersection(*(set(of) for of in found.values())))
+    return [np.array([[found[arm][seed]] for seed in seeds]) for arm in arms]
