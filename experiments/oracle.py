@@ -33,21 +33,16 @@ SIDES = ("right", "wrong")
 PRESETS = dict(full=(18, 512), quick=(1, 64))  # batches, continuations of each start
 
 
-def share_on_top(m, x, mask):
-    """Return the share of each row's credit m (b, T) on its tenth of tokens with the largest x; of
-    tokens that tie for the last place each counts in part."""
-    k = (credit.lengths(mask) / 10).ceil()  # (b, 1)
-    x = x.masked_fill(~mask, -9.0)
-    edge = x.sort(dim=1, descending=True).values.gather(1, k.long() - 1)
-    above = x > edge
-    tied = x == edge
-    part = (k - above.sum(1, keepdim=True)) / tied.sum(1, keepdim=True)
-    return (m * (above + tied * part)).sum(1) / m.sum(1).clamp(min=1e-12)
-
-
 def score(m, delta, mask):
-    """Return the Gini of multipliers m (b, T), and their share on the decisive tenth: (b, 2)."""
-    top = share_on_top(m, delta.abs(), mask)
+    """Return the Gini of multipliers m (b, T), and their share on the decisive tenth: (b, 2). Of
+    tokens that tie for the last place in it each counts in part."""
+    k = (credit.lengths(mask) / 10).ceil()  # (b, 1)
+    size = delta.abs().masked_fill(~mask, -1.0)
+    edge = size.sort(dim=1, descending=True).values.gather(1, k.long() - 1)
+    above = size > edge
+    tied = size == edge
+    part = (k - above.sum(1, keepdim=True)) / tied.sum(1, keepdim=True)
+    top = (m * (above + tied * part)).sum(1) / m.sum(1).clamp(min=1e-12)
     return torch.stack([credit.gini(m, mask), top], dim=1)
 
 

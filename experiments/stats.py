@@ -1,6 +1,7 @@
 """Means, intervals and p-values over seeds and problems.
 
-Outcomes are x (S, P): S seeds, that is runs, by P problems that all are evaluated on; both samples.
+Outcomes are x (S, P): S seeds, that is runs, by P problems that every run is evaluated on. Both are
+samples, of the runs and of the problems that one could have had.
 """
 
 import math

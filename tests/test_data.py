@@ -172,7 +172,9 @@ def test_files_that_are_none(tmp_path):
         with pytest.raises(UserError, match="no problems"):
             load_problems(name)
     for name in (tmp_path / "nothing.jsonl", tmp_path, "mathh"):
-        with pytest.raises(UserError, match="one of tiny, slips, three, format, math, math500, gsm8k"):
+        with pytest.raises(
+            UserError, match="one of tiny, slips, three, format, math, math500, gsm8k"
+        ):
             load_problems(str(name))
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(UserError, match=r"binary\.jsonl, line 1 is damaged"):

@@ -11,7 +11,7 @@ from helpers import EOS, settings, tiny_model
 
 import credit
 from experiments import arms
-from experiments.oracle import bootstrap, chosen_rows, score, share_on_top, summary
+from experiments.oracle import bootstrap, chosen_rows, score, summary
 from experiments.rows import default_file, in_cell, read_results
 from experiments.truth import follow, open_run, prefix_values, starts_of
 from grpo import Rollout, group_advantages, row_weights
@@ -153,7 +153,7 @@ def test_ties_for_the_last_place_count_in_part():
     x[0, 19] = 0.5
     m = torch.arange(20.0)[None]
     rest = m[0, :19].mean()  # one more place, for any of the others
-    assert share_on_top(m, x, mask).item() == pytest.approx(float((19 + rest) / m.sum()))
+    assert score(m, x, mask)[0, 1].item() == pytest.approx(float((19 + rest) / m.sum()))
 
 
 def test_bootstrap_resamples_problems():
