@@ -226,11 +226,8 @@ def make(path, arms, seeds=SEEDS):
 # ---- The tables ----------------------------------------------------------------------------------
 def difference(rows, metric, arm, other=None):
     """An arm, or an arm minus another, over the seeds that there are, as text."""
-    if other is None:
-        (x,) = by_seed(rows, metric, [arm])
-        return said(crossed(x))
-    x, y = by_seed(rows, metric, [arm, other])
-    return said(crossed(x - y))
+    x, *less = by_seed(rows, metric, [arm, other] if other else [arm])
+    return said(crossed(x - sum(less)))
 
 
 def group_table(rows, title, arms, others):

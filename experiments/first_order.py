@@ -278,14 +278,10 @@ def summary(found, rule, N, lr):
     return row
 
 
-def rounded(x):
-    """Return numbers, in lists and objects, with four significant digits."""
-    return json.loads(json.dumps(x), parse_float=lambda text: float(f"{float(text):.4g}"))
-
-
 def rows_of(found, at, N, lr):
     """Return the rows of a results file that a checkpoint's statistics make; at: where it was."""
-    return [at | dict(rule=label(x)) | rounded(summary(found, x, N, lr)) for x in found]
+    rows = [at | dict(rule=label(rule)) | summary(found, rule, N, lr) for rule in found]
+    return json.loads(json.dumps(rows), parse_float=lambda x: float(f"{float(x):.4g}"))  # rounded
 
 
 def measure_run(folder, steps, N, out, rules):
@@ -308,10 +304,9 @@ def measure_run(folder, steps, N, out, rules):
 
 
 # ---- One rule ------------------------------------------------------------------------------------
-CAVEAT = """What this cannot tell. It is the first order of one step, on one seed's policies of
-steps {}: no curvature (real steps gain less), nothing of later phases, nothing of where a run
-ends. It rates divergence above uniform, and training did not agree: what it calls above is worth
-a run, no more. Below is safer: a rule that gains little a step learns slowly while it is so."""
+CAVEAT = """What this cannot tell: it is the first order of one step, on one seed's policies. No
+curvature (real steps gain less), nothing of later phases or of where a run ends. It rates
+divergence above uniform, and training did not agree: above is worth a run, no more."""
 
 
 def score_rule(rule, folder, steps, N):
@@ -325,16 +320,15 @@ def score_rule(rule, folder, steps, N):
         print(by_rule(rows_of(found, dict(seed=0), N, opened[2].lr), f"Step {step}") + "\n")
         for name, x in found.items():
             gains.setdefault(name, []).append(x["adam"])
-    where = ", ".join(map(str, steps))
     base = pooled(gains[BASE])
     if not is_told(estimate(base, N)):
         return print("uniform's own gain is not told from 0: look at other steps, or more batches")
-    print(f"An AdamW step of {label(rule)}, at steps {where} together:")
+    print(f"An AdamW step of {label(rule)}, at steps {', '.join(map(str, steps))} together:")
     for other in others:
         value, error = estimate((pooled(gains[rule]) - pooled(gains[other])) / base, N)
         verdict = side(value - 2 * error, value + 2 * error)
         print(f"- {verdict} ({value:+.2f} ± {error:.2f} of uniform's gain): {label(other)}")
-    print("\n" + CAVEAT.format(where))
+    print("\n" + CAVEAT)
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -343,15 +337,13 @@ def main():
     parser.add_argument("--credit", default="", help="score this rule; default: all, into --out")
     parser.add_argument("--sharpening", type=float, default=1.0, help="of --credit")
     parser.add_argument("--run", default="", help="a run with --keep-checkpoints; default: its own")
-    text = "of its checkpoints"
-    parser.add_argument("--steps", type=int, nargs="+", default=[0, 5, 10], help=text)
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 5, 10], help="of the run")
     known = {label(rule): rule for rule in ALL}
     text = "with --run: which, such as arca/2 (the number is the sharpening); default: all"
     parser.add_argument("--rules", nargs="+", choices=known, default=list(known), help=text)
     parser.add_argument("--batches", type=int, default=20, help="at each checkpoint")
-    text = "the results of all rules, a JSON file"
     default = str(ROOT / "experiments/results/first_order.json")
-    parser.add_argument("--out", default=default, help=text)
+    parser.add_argument("--out", default=default, help="the results of all rules, a JSON file")
     a = parser.parse_args(or_zero=("steps",))
     if a.credit and a.credit not in METHODS:
         add = f'METHODS["{a.credit}"] = Rule({a.credit})'
