@@ -85,6 +85,7 @@ def all_arms():
     arms |= {f"{rule}_64": settings_of(f"{rule}_2", prompts=64) for rule in ("uniform", "arca")}
     arms |= {name: SHORT | dict(credit=name.removesuffix("_8")) for name in PERFECT[:4]}
     arms |= {name: SUMMED | dict(credit=name) for name in PERFECT[4:]}
+    arms |= {f"{name}_long": settings_of(name, steps=80) for name in LOSS}
     for name in RATED:
         for rate in RATES:
             arms[f"{name}_rate_{rate}"] = settings_of(name, lr=Settings.lr * rate)
@@ -96,6 +97,11 @@ def all_arms():
     for rule in ("answer_cut", "forks_paid"):
         arms[f"three_{rule}_2"] = arms["three_arca_2"] | dict(credit=rule)
     return arms
+
+
+def seeds_of(arm):
+    """Return the seeds of an arm: three of a long run, and where a learning rate is looked for."""
+    return SEEDS[:3] if "_rate_" in arm or arm.endswith("_long") else SEEDS
 
 
 ARMS = all_arms()
@@ -207,14 +213,14 @@ def train_arm(cfg, n=CONTINUATIONS):
 
 def make(path, arms, seeds=SEEDS):
     """Add the runs of these arms that a results file lacks, seed by seed; return all rows. It is
-    written after each run. Where only the learning rate is looked for, there are three seeds."""
+    written after each run."""
     about, rows = dict(arms=ARMS), []
     if path.exists():
         about, rows = read_results(path)
     if about != dict(arms=ARMS):
         raise UserError(f"{path} holds runs of other settings: move it away")
     done = {(row["arm"], row["seed"]) for row in rows}
-    wanted = [(arm, seed) for seed in seeds for arm in arms if seed <= 3 or "_rate_" not in arm]
+    wanted = [(arm, seed) for seed in seeds for arm in arms if seed in seeds_of(arm)]
     for arm, seed in tqdm([run for run in wanted if run not in done], desc="runs", mininterval=0):
         found = train_arm(Settings(**ARMS[arm], seed=seed))
         rows.append(dict(arm=arm, seed=seed) | found)
@@ -255,6 +261,7 @@ def tables(rows):
     rows = with_sweep(rows)
     groups = {
         "ARCA changed": ([*LOSS, "answer_cut", "answer_only", "first_halved"], LOSS),
+        "80 steps": ([f"{name}_long" for name in LOSS], ["uniform_1_long"]),
         "Larger batches": (["uniform_64", "arca_64"], ("uniform_64", *LOSS)),
         "Perfect credit": (PERFECT, ("uniform_8", "plain")),
     }
