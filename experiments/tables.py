@@ -83,7 +83,7 @@ def accuracy(rows, cell, metric):
 
 
 def accuracy_table(about, rows, cells):
-    """The paper's first table, and greedy accuracy by seed: some runs take off and others do not."""
+    """The paper's first table, and greedy accuracy by seed: not all runs take off."""
     lines = []
     for cell in [BASE, *cells]:
         reward = "-" if cell == BASE else said(crossed(matrix(rows, cell, "reward")))
