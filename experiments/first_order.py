@@ -46,12 +46,11 @@ import grpo
 from credit import METHODS, token_weights
 from experiments.first_order_report import PARTS, by_rule, label, report, side
 from experiments.rows import read_results, write_results
-from experiments.truth import open_run, train_run
+from experiments.truth import ROOT, open_run, train_run
 from lora import lora_parameters
 from run.metrics import CLASSES, step_classes
 from system.errors import Parser, UserError, run_cli
 
-ROOT = Path(__file__).parent.parent
 OWN_RUN = str(ROOT / "runs/first-order")  # what --credit looks at: ten steps of uniform
 BASE = ("uniform", 1.0)
 OTHERS = ("uniform", "permuted", "arca")  # what --credit compares a rule with

@@ -4,8 +4,8 @@
     python experiments/oracle.py report     # the tables again, from the results
 
 delta_t is what choosing token t was worth (truth.py). The decisive tenth of a completion's tokens
-has the largest |delta|; noise moves tokens into it, so its size is measured, too. None of this is
-the value of an update: first_order.py measures that.
+has the largest |delta|; noise moves tokens into it, so its size is measured, too. What an update is
+worth, first_order.py measures.
 """
 
 import sys

@@ -64,17 +64,17 @@ def values(row, metric):
     return [float(np.mean(row[metric], dtype=float))]
 
 
-def matrix(rows, cell, metric, seeds=None):
-    """A metric of a cell (S, P), a row a seed: of these seeds, or of all in their order."""
+def matrix(rows, cell, metric):
+    """A metric of a cell (S, P), a row a seed in their order."""
     found = in_cell(rows, cell)
-    chosen = sorted(found) if seeds is None else seeds
-    return np.array([values(found[seed], metric) for seed in chosen], dtype=np.float64)
+    return np.array([values(found[seed], metric) for seed in sorted(found)], dtype=np.float64)
 
 
 def paired(rows, cell, other, metric):
     """cell minus other (S, P) on the seeds, and thus problems, that both have."""
-    seeds = sorted(in_cell(rows, cell).keys() & in_cell(rows, other).keys())
-    return matrix(rows, cell, metric, seeds) - matrix(rows, other, metric, seeds)
+    seeds = in_cell(rows, cell).keys() & in_cell(rows, other).keys()
+    rows = [row for row in rows if row["seed"] in seeds]
+    return matrix(rows, cell, metric) - matrix(rows, other, metric)
 
 
 # ---- Arms ----------------------------------------------------------------------------------------

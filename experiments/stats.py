@@ -44,9 +44,8 @@ def t_quantile(df):
 
 def crossed(x) -> Estimate:
     """The mean of x (S, P) over seeds and problems as crossed random effects: analysis of variance,
-    with Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946, 110-114). The variance is
-    never less than seeds alone, or problems alone, show. With one problem it is Student's t over
-    seeds; with one seed, over problems; what is not known of fewer is NaN."""
+    with Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946, 110-114), and no less
+    variance than seeds or problems alone show. With one of either it is Student's t."""
     x = np.asarray(x, dtype=np.float64)
     S = len(x)
     if x.size < 2:

@@ -81,7 +81,7 @@ def words(script, settings):
 
 def refuse_others(place, stored, wanted):
     """UserError if what a place holds was made with other settings than are wanted."""
-    others = [name for name in wanted if stored.get(name) != wanted[name]]
+    others = [name for name, x in wanted.items() if stored.get(name) != x]
     others = [name for name in others if name not in CHANGEABLE]
     if others:
         raise UserError(f"{place} was made with other {', '.join(others)}: give another --out")

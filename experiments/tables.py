@@ -83,8 +83,7 @@ def accuracy(rows, cell, metric):
 
 
 def accuracy_table(about, rows, cells):
-    """The paper's first table; and greedy accuracy by seed, as the interval of runs of which only
-    some take off covers less than 95 %."""
+    """The paper's first table, and greedy accuracy by seed: not all runs take off."""
     lines = []
     for cell in [BASE, *cells]:
         reward = "-" if cell == BASE else said(crossed(matrix(rows, cell, "reward")))

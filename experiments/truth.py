@@ -84,8 +84,7 @@ def follow(tally, starts, c, n, limit, grade):
 def prefix_values(model, rollout, rows, cfg, eos_ids, grade, n, least=64, step=0):
     """V at the T + 1 prefixes of the given rows of a Rollout, and how many continuations it is the
     success rate of: two (2, b, T + 1), by half; past a completion's end V is its reward. n: of each
-    start (even, at least `least`), sampled at -2 - step, which is no training step's nor an
-    evaluation's."""
+    start (even, at least `least`), sampled as of step -2 - step, which nothing else has."""
     # Where to start from.
     chains = [prefixes_of(rollout, row) for row in rows]
     tally = {prefix: np.zeros((2, 2)) for chain in chains for prefix in chain[:-1]}
