@@ -37,7 +37,7 @@ import credit
 from data.problems import load_split, problems_of_step
 from eval_math import evaluate
 from experiments.first_order import PARTS, parts_of
-from experiments.rows import by_seed, default_file, read_results, with_sweep, write_results
+from experiments.rows import RESULTS, by_seed, read_results, with_sweep, write_results
 from experiments.stats import crossed, ratio
 from experiments.tables import said, table
 from experiments.truth import grader, prefix_values
@@ -282,7 +282,7 @@ def main():
     parser.add_argument("--out", default="", help="the results; default: results/arms.json")
     a = parser.parse_args()
     torch.set_num_threads(1)  # so that sums are rounded alike
-    path = Path(a.out or default_file().with_name("arms.json"))
+    path = Path(a.out or RESULTS / "arms.json")
     print(tables(make(path, a.arms, a.seeds)))
 
 

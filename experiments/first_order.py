@@ -51,9 +51,7 @@ from lora import lora_parameters
 from run.metrics import CLASSES, step_classes
 from system.errors import Parser, UserError, run_cli
 
-OWN_RUN = str(ROOT / "runs/first-order")  # what --credit looks at: ten steps of uniform
 BASE = ("uniform", 1.0)
-OTHERS = ("uniform", "permuted", "arca")  # what --credit compares a rule with
 UNSHARPENED = ("uniform", "delta", "gcpo_linear", "eapo", "forking", "entropy_advantage")
 ALL = [(name, p) for name in METHODS for p in (1.0, 2.0) if p == 1 or name not in UNSHARPENED]
 PLAIN = ("plain", 1.0)  # g itself, as if it were a rule
@@ -309,8 +307,8 @@ divergence above uniform, and training did not agree: above is worth a run, no m
 
 
 def score_rule(rule, folder, steps, N):
-    """Measure a rule beside OTHERS at steps of a run, and print what it buys."""
-    others = [(name, 1.0 if name == "uniform" else rule[1]) for name in OTHERS]
+    """Measure a rule beside others at steps of a run, and print what it buys."""
+    others = [BASE, ("permuted", rule[1]), ("arca", rule[1])]
     others = [other for other in others if other != rule]
     gains = {}  # of an AdamW step, by rule: a checkpoint after another
     for step in steps:
@@ -351,7 +349,7 @@ def main():
     torch.set_num_threads(1)  # so that sums are rounded alike
     if a.credit:
         flags = "--credit uniform --steps 10 --save-every 5 --keep-checkpoints 9 --eval-problems 0"
-        folder = a.run or train_run(OWN_RUN, *flags.split())
+        folder = a.run or train_run(str(ROOT / "runs/first-order"), *flags.split())
         return score_rule((a.credit, a.sharpening), folder, a.steps, a.batches)
     if a.run:
         measure_run(a.run, a.steps, a.batches, Path(a.out), [known[name] for name in a.rules])

@@ -2,7 +2,7 @@
 
 import torch
 
-from experiments.rows import by_seed, default_file, read_results, with_sweep
+from experiments.rows import RESULTS, by_seed, read_results, with_sweep
 from experiments.stats import crossed
 from experiments.tables import said, table
 from run.metrics import CLASSES, rank_correlation
@@ -74,8 +74,8 @@ def spearman(a, b):
 
 def by_checkpoint(rows, name, rules):
     """Return the table of one number: a rule a line, a checkpoint a column, means over seeds."""
-    places = sorted({(row["trajectory"], row["step"]) for row in rows})
-    places.sort(key=lambda place: place[0] != "uniform/1")  # uniform's first
+    places = {(row["trajectory"], row["step"]) for row in rows}
+    places = sorted(places, key=lambda place: (place[0] != "uniform/1", place))  # uniform's first
     lines = []
     for rule in rules:
         at = {place: [] for place in places}
@@ -107,7 +107,7 @@ def by_rule(rows, title):
 def held_against(rows, model, title):
     """Return, as text, how the AdamW gains of some rows rank the rules that were trained from this
     model, in mean train reward minus uniform's: hits and misses."""
-    runs = with_sweep(read_results(default_file().with_name("arms.json"))[1])
+    runs = with_sweep(read_results(RESULTS / "arms.json")[1])
     bed = "" if model == "tiny" else f"{model}_"
     lines, gains, rewards = [], [], []
     for rule in dict.fromkeys(row["rule"] for row in rows):

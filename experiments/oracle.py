@@ -1,6 +1,6 @@
 """Does a credit rule pay the tokens that decide the outcome? Measured against sampled truth.
 
-    python experiments/oracle.py measure    # early and late in a run; --preset quick: a miniature
+    python experiments/oracle.py measure    # early and late in a run
     python experiments/oracle.py report     # the tables again, from the results
 
 delta_t is what choosing token t was worth (truth.py). The decisive tenth of a completion's tokens
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import credit
 from data.problems import problems_of_step
+from experiments.rows import RESULTS
 from experiments.stats import Estimate
 from experiments.tables import said, table
 from experiments.truth import ROOT, all_signals, grader, open_run, prefix_values, train_run
@@ -30,7 +31,7 @@ from system.files import read_json, write_json
 
 STEPS = (10, 80)  # of the checkpoints that are measured
 SIDES = ("right", "wrong")
-PRESETS = dict(full=(18, 512), quick=(1, 64))  # batches, continuations of each start
+BATCHES, CONTINUATIONS = 18, 512  # at each checkpoint; of each start
 
 
 def score(m, delta, mask):
@@ -164,13 +165,11 @@ def report(results):
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("measure", "report"))
-    parser.add_argument("--preset", choices=PRESETS, default="full")
     a = parser.parse_args()
     torch.set_num_threads(1)  # so that sums are rounded alike
-    out = ROOT / ("experiments/results/oracle.json" if a.preset == "full" else "runs/oracle.json")
     if a.what == "measure":
-        write_json(out, measure(make_run(), *PRESETS[a.preset]))
-    print(report(read_json(out)))
+        write_json(RESULTS / "oracle.json", measure(make_run(), BATCHES, CONTINUATIONS))
+    print(report(read_json(RESULTS / "oracle.json")))
 
 
 if __name__ == "__main__":

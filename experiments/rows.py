@@ -12,6 +12,7 @@ from run.answers import read_answers
 from system.errors import UserError
 from system.files import read_json, read_rows, to_json, write_whole
 
+RESULTS = Path(__file__).parent / "results"
 CURVES = ("reward", "gini", "effective_token_ratio")  # of metrics.jsonl, by step
 
 
@@ -46,10 +47,6 @@ def read_results(path):
     return found["about"], found["runs"]
 
 
-def default_file():
-    return Path(__file__).parent / "results" / "tiny.json"
-
-
 def in_cell(rows, cell):
     """The rows of a cell (rule, rank, sharpening) by seed."""
     return {r["seed"]: r for r in rows if (r["rule"], r["rank"], r["sharpening"]) == tuple(cell)}
@@ -77,12 +74,11 @@ def paired(rows, cell, other, metric):
     return matrix(rows, cell, metric) - matrix(rows, other, metric)
 
 
-# ---- Arms ----------------------------------------------------------------------------------------
 def with_sweep(rows):
     """Return the rows of arms.py, and those of the sweep's runs that they are paired with: arca_1
     is ARCA with sharpening 1, arca_1_rate_1 the first three seeds of it."""
     rows = list(rows)
-    about, swept = read_results(default_file())
+    about, swept = read_results(RESULTS / "tiny.json")
     for found in swept:
         if found["rank"] == about["rank"]:
             name = f"{found['rule']}_{found['sharpening']:g}"

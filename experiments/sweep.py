@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from data.problems import HUB
-from experiments.rows import CURVES, default_file, in_cell, read_results, row_of, write_results
+from experiments.rows import CURVES, RESULTS, in_cell, read_results, row_of, write_results
 from experiments.tables import BASE, RULES, tables
 from hf.checkpoint import NAMED
 from run.checkpoints import CHANGEABLE, read_settings
@@ -212,7 +212,7 @@ def main():
     found = [row_of(run) for run in runs if not next_command(run)]
     write_results(results, about, found)
     print(f"{tables(about, found)}\n\nresults: {results}")
-    kept = default_file().with_name(f"{args.preset}.json")
+    kept = RESULTS / f"{args.preset}.json"
     if kept.exists():
         stored = read_results(kept)[1]
         alike = sum(near(row, stored) for row in found)

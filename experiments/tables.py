@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from experiments.rows import default_file, in_cell, matrix, paired, read_results
+from experiments.rows import RESULTS, in_cell, matrix, paired, read_results
 from experiments.stats import crossed, holm
 from run.answers import wilson
 from system.errors import Parser, run_cli
@@ -145,7 +145,7 @@ def tables(about, rows) -> str:
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", nargs="?", default=default_file(), help="of sweep.py")
+    parser.add_argument("results", nargs="?", default=RESULTS / "tiny.json", help="of sweep.py")
     print(tables(*read_results(parser.parse_args().results)))
 
 

@@ -23,7 +23,7 @@ from helpers import (
 import grpo
 from experiments import first_order
 from experiments.first_order import ALL, BASE, PARTS, PLAIN
-from experiments.rows import default_file, paired, read_results
+from experiments.rows import RESULTS, paired, read_results
 from lora import lora_parameters
 from system.errors import UserError
 
@@ -196,7 +196,7 @@ def test_a_checkpoint_is_measured_once(monkeypatch, tmp_path, capsys):
     """Hours that are lost with the process, measured twice, or mixed with another setting's; and a
     comparison with the sweep that ranks the wrong way: as gains we take the sweep's own rewards."""
     asked = []
-    about, runs = read_results(default_file())
+    about, runs = read_results(RESULTS / "tiny.json")
     cells = {tuple(cell) for cell in about["cells"] if cell[1] == about["rank"]}
     rules = {
         (cell[0], cell[2]): paired(runs, cell, ("uniform", 16, 1.0), "reward") for cell in cells

@@ -12,7 +12,7 @@ from helpers import EOS, settings, tiny_model
 import credit
 from experiments import arms
 from experiments.oracle import bootstrap, chosen_rows, score, summary
-from experiments.rows import default_file, in_cell, read_results
+from experiments.rows import RESULTS, in_cell, read_results
 from experiments.truth import follow, open_run, prefix_values, starts_of
 from grpo import Rollout, group_advantages, row_weights
 from run.metrics import CLASSES
@@ -271,7 +271,7 @@ def test_arms_resume(tmp_path, monkeypatch):
 def test_the_loop_is_the_sweeps():
     """Arms are paired with the sweep's runs: with other problems, another adapter or other sampling
     the difference would not be the rule's alone."""
-    cells = in_cell(read_results(default_file())[1], ("uniform", 16, 1.0))
+    cells = in_cell(read_results(RESULTS / "tiny.json")[1], ("uniform", 16, 1.0))
     cfg = Settings(credit="uniform", seed=1, steps=2, eval_problems=0)
     found = arms.train_arm(cfg)  # one completion more or less: another processor rounds otherwise
     assert found["reward"] == pytest.approx(cells[1]["reward"][:2], abs=1e-2)
