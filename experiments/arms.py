@@ -3,9 +3,9 @@
     python experiments/arms.py                     # all runs that results/arms.json lacks, tables
     python experiments/arms.py --arms answer_cut   # only these
 
-All but the last group have the setting of table 1 (32 steps, rank 16) and are paired with the
-sweep's runs of the same seeds, which saw the same problems in the same order. A number after a rule
-is its sharpening.
+Most have the setting of table 1 (32 steps of 16 problems, rank 16) and are paired with the sweep's
+runs of the same seeds, which saw the same problems in the same order. A number after a rule is its
+sharpening; `_long` runs have 80 steps.
 
 **Why is ARCA slow?** `answer_cut` is ARCA, but no token of the boxed answer gets more than 1;
 `answer_only` has ARCA's multipliers in the boxed answer and 1 elsewhere; `first_halved` halves that

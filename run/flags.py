@@ -23,10 +23,10 @@ except ModuleNotFoundError:
 
 DTYPES = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16)
 FLAGS = {  # name: (default, help)
-    "model": ("tiny", "tiny, slips, a checkpoint folder or a Hub id"),
+    "model": ("tiny", "tiny, slips, three, format, a checkpoint folder or a Hub id"),
     "revision": ("", "of the Hub id"),
     "adapter": ("", "a PEFT adapter: its folder, that of a run, or a Hub id"),
-    "data": ("tiny", "tiny, slips, math, math500, gsm8k or a file (JSONL, JSON, CSV, parquet)"),
+    "data": ("tiny", "tiny, slips, three, format, math, math500, gsm8k or a file (data/README.md)"),
     "system": ("", "with --chat: what the system's message says; default: the template's own"),
     "thinking": ("", "with --chat: what Qwen3's template calls enable_thinking"),
     "device": ("auto", "auto, cpu, cuda, cuda:1, ..."), "seed": (1, "of everything that is random"),
