@@ -163,9 +163,9 @@ def gradients(model, rollout, cfg, rules):
         here = replace(signals.rows(rows, T, model.device), **signals_here)
         p[rows, :T] = here.logp.exp().cpu()
         own = {PLAIN: plain[rows, None].to(logps) * batch.mask}
+        weight = row_weight[rows, None].to(logps) * batch.mask
         for rule in rules:
             m = early[rule][rows, :T] if rule in early else token_weights(rule[0], here, rule[1])
-            weight = row_weight[rows, None].to(logps) * batch.mask
             own[rule] = here.advantage[:, None] * m.to(logps) * weight
 
         # Their gradients.

@@ -70,8 +70,6 @@ def spearman(a, b):
 
 
 # ---- The tables ----------------------------------------------------------------------------------
-
-
 def by_checkpoint(rows, name, rules):
     """Return the table of one number: a rule a line, a checkpoint a column, means over seeds."""
     places = {(row["trajectory"], row["step"]) for row in rows}

@@ -83,7 +83,9 @@ def with_sweep(rows):
         if found["rank"] == about["rank"]:
             name = f"{found['rule']}_{found['sharpening']:g}"
             row = found | dict(arm=name, greedy=values(found, "greedy"))
-            rows += [row] + [row | dict(arm=f"{name}_rate_1")] * (row["seed"] <= 3)
+            rows.append(row)
+            if row["seed"] <= 3:
+                rows.append(row | dict(arm=f"{name}_rate_1"))
     return rows
 
 
